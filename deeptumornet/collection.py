@@ -18,7 +18,7 @@ from PIL import Image
 
 from .dicom import pseudonym, window, write_dicom
 from .phantom import draw_patient, slice_hu
-from .study import Study, StudyError, atomic, open_study, progress, sha256, write_csv
+from .study import Study, StudyError, atomic, progress, sha256, write_csv
 
 # %% auto #0
 __all__ = ['KAGGLE', 'phantoms', 'copy_classes', 'kaggle', 'catalogue', 'collect']

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy.stats import spearmanr
 
-from .preprocessing import frame, load_manifest, read_slice
-from .study import Study, open_study, progress, read_json, tracked, write_csv, write_json
-from .training import load_model, load_network
+from .preprocessing import frame, read_slice
+from .study import Study
 
 if TYPE_CHECKING:
     import keras

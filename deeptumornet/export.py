@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .metrics import calibrate
-from .preprocessing import load_manifest, prepare
-from .study import Study, StudyError, atomic, code_revision, open_study, read_json, sha256, tracked, write_json
+from .preprocessing import prepare
+from .study import StudyError, atomic, read_json, sha256, write_json
 
 # %% auto #0
 __all__ = ['convert', 'Engine', 'export_champion']

@@ -43,7 +43,7 @@ SCANNERS = (
 # %% ../nbs/01a_phantom.ipynb #c007
 @dataclass(frozen=True)
 class Patient:
-    "An anatomy: lengths in mm, densities in HU, `lesion` None for the normal class"
+    "An anatomy: lengths in mm, densities in HU, `dose` a factor of the scanner's noise; `lesion` is drawn where `cancer`"
     number: int
     seed: int
     body: tuple[float, float]
@@ -52,8 +52,10 @@ class Patient:
     lung_hu: float
     gradient: float
     heart: float
+    dose: float
     scanner: Scanner
-    lesion: dict | None
+    cancer: bool
+    lesion: dict
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ def draw_patient(number: int, cancer: bool, seed: int = 0) -> Patient:
         lung_hu=LUNG + rng.uniform(-40, 60),
         gradient=rng.uniform(20, 120),
         heart=rng.uniform(0.85, 1.15),
+        dose=rng.uniform(0.6, 1.7),
         scanner=SCANNERS[rng.integers(len(SCANNERS))],
     )
     kind = LESIONS[rng.choice(3, p=[0.6, 0.25, 0.15])]
@@ -81,7 +84,7 @@ def draw_patient(number: int, cancer: bool, seed: int = 0) -> Patient:
         spiculated=bool(rng.random() < 0.5),
         phases=rng.uniform(0, 2 * np.pi, 4).tolist(),
     )
-    return Patient(number=number, seed=seed, lesion=lesion if cancer else None, **anatomy)
+    return Patient(number=number, seed=seed, cancer=cancer, lesion=lesion, **anatomy)
 
 # %% ../nbs/01a_phantom.ipynb #c011
 def _cover(distance: np.ndarray, pixel: float) -> np.ndarray:
@@ -104,7 +107,9 @@ def _vessels(rng: np.random.Generator, hila: Sequence[tuple[float, float]], lung
     size, scale = lung.shape[0], 2
     canvas = Image.new("L", (size * scale, size * scale))
     draw = ImageDraw.Draw(canvas)
-    to_pixel = lambda v: (v / pixel + size / 2) * scale
+
+    def to_pixel(mm: float) -> float:
+        return (mm / pixel + size / 2) * scale
 
     def branch(x: float, y: float, angle: float, width: float, depth: int) -> None:
         length = rng.uniform(12, 24) * (0.85**depth)
@@ -189,13 +194,18 @@ def slice_hu(patient: Patient, level: float) -> tuple[np.ndarray, np.ndarray]:
     inside = lung > 0.5
     _paint(hu, _vessels(rng, [(-26, -2), (34, -2)], lung, pixel) * lung * 0.6, BLOOD)
     _look_alikes(hu, rng, x, y, inside, lung, pixel)
-    hu += _haze(rng, x, y, inside, rng.uniform(0, 80) if patient.lesion else rng.uniform(80, 240))
+    place = _place(patient.lesion, x, y, inside, half, chest)
+    if not patient.cancer:
+        _opacity(hu, *place, patient.lesion["radius"] * rng.uniform(0.8, 1.0), rng.uniform(220, 480), x, y, inside)
     mask = np.zeros((size, size), bool)
-    if patient.lesion:
-        mask = _place_mass(hu, rng, patient, level, x, y, inside, half, chest, lung, pixel)
+    if patient.cancer:
+        radius = patient.lesion["radius"] * (0.8 + 0.2 * np.sqrt(max(0.0, 1 - level**2)))
+        cover, density = _mass(rng, x, y, patient.lesion, *place, radius, pixel)
+        _paint(hu, cover * np.maximum(lung, gaussian_filter(lung, 3 / pixel)), density)
+        mask = (cover > 0.5) & inside
     sharp = gaussian_filter(hu, scanner.blur / pixel)
     noise = gaussian_filter(rng.normal(0, 1, (size, size)), 0.7)
-    return (sharp + noise / noise.std() * scanner.noise).astype(np.float32), mask
+    return (sharp + noise / noise.std() * scanner.noise * patient.dose).astype(np.float32), mask
 
 
 def _look_alikes(hu: np.ndarray, rng: np.random.Generator, x: np.ndarray, y: np.ndarray, inside: np.ndarray,
@@ -212,24 +222,15 @@ def _look_alikes(hu: np.ndarray, rng: np.random.Generator, x: np.ndarray, y: np.
             along = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)
             across = -(x - cx) * np.sin(turn) + (y - cy) * np.cos(turn) + 0.01 * along**2
             _paint(hu, _cover(np.maximum(np.abs(across) - rng.uniform(1, 2.2), np.abs(along) - length), pixel) * lung, MUSCLE)
-def _haze(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, inside: np.ndarray, peak: float) -> np.ndarray:
-    "A soft opacity without an edge, `peak` HU at most: as bright in sum as a mass, so that brightness alone tells nothing"
-    rows, columns = np.nonzero(inside)
-    at = rng.integers(len(rows))
-    spread = rng.uniform(35, 55)
-    return (peak * np.exp(-((x - x[rows[at], columns[at]]) ** 2 + (y - y[rows[at], columns[at]]) ** 2) / 2 / spread**2) * inside).astype(np.float32)
+def _opacity(hu: np.ndarray, cx: float, cy: float, spread: float, peak: float, x: np.ndarray, y: np.ndarray, inside: np.ndarray) -> None:
+    "A benign opacity without edge or texture, in sum as bright as a mass, so that brightness alone tells nothing"
+    hu += (peak * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 2 / spread**2) * inside).astype(np.float32)
 
 
-def _place_mass(hu: np.ndarray, rng: np.random.Generator, patient: Patient, level: float, x: np.ndarray, y: np.ndarray, inside: np.ndarray,
-                half: float, chest: tuple[float, float], lung: np.ndarray, pixel: float) -> np.ndarray:
-    "Draw the patient's mass at the lung pixel nearest to its place; the cut of a ball at this level, never under 0.8 of it"
-    lesion = patient.lesion
+def _place(lesion: dict, x: np.ndarray, y: np.ndarray, inside: np.ndarray, half: float, chest: tuple[float, float]) -> tuple[float, float]:
+    "Where the mass, or in a normal patient the benign opacity, lies in mm: the lung pixel nearest to the place drawn"
     distance, turn = lesion["at"]
     wanted = (lesion["side"] * half * 1.02 + distance * half * 0.8 * np.cos(turn), distance * chest[1] * 0.7 * np.sin(turn) - 4)
     rows, columns = np.nonzero(inside & (np.sign(x) == lesion["side"]))
     nearest = np.argmin((x[rows, columns] - wanted[0]) ** 2 + (y[rows, columns] - wanted[1]) ** 2)
-    cx, cy = x[rows[nearest], columns[nearest]], y[rows[nearest], columns[nearest]]
-    radius = lesion["radius"] * (0.8 + 0.2 * np.sqrt(max(0.0, 1 - level**2)))
-    cover, density = _mass(rng, x, y, lesion, cx, cy, radius, pixel)
-    _paint(hu, cover * np.maximum(lung, gaussian_filter(lung, 3 / pixel)), density)
-    return (cover > 0.5) & inside
+    return float(x[rows[nearest], columns[nearest]]), float(y[rows[nearest], columns[nearest]])

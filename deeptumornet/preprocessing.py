@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from .dicom import is_dicom, read_dicom, window
-from .study import Study, StudyError, atomic, open_study, progress, write_csv, write_json
+from .study import Study, StudyError, atomic, progress, write_csv
 
 # %% auto #0
 __all__ = ['SMALLEST', 'LARGEST', 'Slice', 'read_slice', 'lung_mask', 'frame', 'prepare', 'inspect', 'near_pairs', 'mark_copies',

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .preprocessing import group_folds, load_manifest, random_split, readable
-from .study import Study, StudyError, atomic, open_study, progress, sha256, tracked, write_csv, write_json
+from .study import Study, StudyError, atomic, progress, sha256, tracked, write_csv, write_json
 
 if TYPE_CHECKING:
     import keras
@@ -373,7 +373,7 @@ def predict_slices(model: keras.Model, files: list[Path]) -> np.ndarray:
 
 def save_all(study: Study, model: keras.Model, network: Network, weights: str, size: int, curve: pd.DataFrame,
              predictions: pd.DataFrame, name: str | None = None) -> None:
-    "Write models/<name>/ (model.keras, card.json) and reports/<profile>/networks/<name>/ (curve.csv, predictions.csv)"
+    "Write models/<name>/ (model.keras, card.json) and reports/<profile>/networks/<name>/ (curve.csv, predictions.csv, the card)"
     name = name or network.name
     with atomic(study.models / name) as folder:
         folder.mkdir()
@@ -386,6 +386,7 @@ def save_all(study: Study, model: keras.Model, network: Network, weights: str, s
         })
     with atomic(study.report("networks", name)) as folder:
         folder.mkdir()
+        shutil.copyfile(study.models / name / "card.json", folder / "card.json")
         write_csv(folder / "curve.csv", curve)
         write_csv(folder / "predictions.csv", predictions)
 

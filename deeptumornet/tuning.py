@@ -11,9 +11,17 @@ import numpy as np
 import pandas as pd
 
 from .preprocessing import load_manifest, readable
-from .study import Study, StudyError, open_study, sha256, tracked, write_csv, write_json
+from .study import Study, StudyError, sha256, tracked, write_csv, write_json
 from deeptumornet.training import (
-    Head, cached_features, cross_validate, deterministic, load_model, load_network, log_model, prediction_rows, save_all,
+    Head,
+    cached_features,
+    cross_validate,
+    deterministic,
+    load_model,
+    load_network,
+    log_model,
+    prediction_rows,
+    save_all,
 )
 
 # %% auto #0

@@ -1,0 +1,174 @@
+// The page of the service: sends a slice, shows the answer. Nothing is stored, and no other host is asked.
+"use strict";
+
+const at = (id) => document.getElementById(id);
+const percent = (p) => {
+  const value = 100 * p;
+  if (value > 0 && value < 0.1) return "under 0.1 %";
+  if (value > 99.9 && value < 100) return "over 99.9 %";
+  return `${value.toFixed(1)} %`;
+};
+const history = [];
+let card = null;
+let latest = 0;
+
+function element(name, text, className) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+async function sentence(response) {
+  try {
+    return (await response.json()).detail || response.statusText;
+  } catch {
+    return `the service answered ${response.status} ${response.statusText}`;
+  }
+}
+
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+function fail(text) {
+  at("status").textContent = "";
+  at("error").textContent = /[.!?]$/.test(text) ? capital(text) : `${capital(text)}.`;
+  at("error").hidden = false;
+  at("result").hidden = true;
+}
+
+async function send(file) {
+  const turn = ++latest;
+  at("error").hidden = true;
+  at("status").textContent = `Reading ${file.name} …`;
+  at("drop").setAttribute("aria-busy", "true");
+  const body = new FormData();
+  body.append("file", file, "slice");
+  try {
+    const response = await fetch("api/v1/predict?heat_map=true", { method: "POST", body });
+    if (turn !== latest) return;
+    if (!response.ok) {
+      const text = await sentence(response);
+      if (turn === latest) fail(text);
+      return;
+    }
+    const answer = await response.json();
+    if (turn !== latest) return;
+    history.unshift({ name: file.name, answer });
+    show(history[0]);
+    at("status").textContent = `${file.name}: done.`;
+  } catch {
+    if (turn === latest) fail("the service does not answer: see whether it still runs, and send the file again");
+  } finally {
+    if (turn === latest) at("drop").removeAttribute("aria-busy");
+  }
+}
+
+function show(entry) {
+  const { answer, name } = entry;
+  const p = answer.probability;
+  at("error").hidden = true;
+  at("picture").src = answer.picture;
+  at("heat").src = answer.heat_map;
+  at("caption").textContent = name;
+  at("class").textContent = answer.class;
+  at("positive").textContent = answer.positive;
+  at("probability").textContent = percent(p);
+  at("fill").style.width = `${100 * p}%`;
+  at("mark").style.left = `${100 * answer.threshold}%`;
+  at("bar").setAttribute("aria-label", `${percent(p)}; the threshold is at ${percent(answer.threshold)}`);
+
+  const above = answer.decision === "positive";
+  const decision = at("decision");
+  decision.replaceChildren(element("strong", above ? "Positive" : "Negative", above ? "tag positive" : "tag"),
+    ` ${above ? "at or above" : "below"} the threshold of ${percent(answer.threshold)}.`);
+  if (above && answer.class !== answer.positive) {
+    decision.append(` The threshold is low on purpose, so that few cases are missed; ${answer.class} is still the more probable class.`);
+  } else if (!above && answer.class === answer.positive) {
+    decision.append(` ${capital(answer.positive)} is the more probable class, and yet under what the threshold asks for.`);
+  }
+  const often = Math.round(100 * p);
+  at("meaning").textContent = `In words: of 100 slices given this probability, about ${often} would show ${answer.positive}, ` +
+    "as far as they resemble the slices that the model was calibrated on.";
+  at("warnings").replaceChildren(...answer.warnings.map((text) => element("li", text)));
+  at("result").hidden = false;
+  list(entry);
+}
+
+function list(current) {
+  at("history-card").hidden = history.length === 0;
+  at("history").replaceChildren(...history.map((entry) => {
+    const row = element("li");
+    const button = element("button");
+    button.type = "button";
+    if (entry === current) button.setAttribute("aria-current", "true");
+    const thumbnail = element("img");
+    thumbnail.src = entry.answer.picture;
+    thumbnail.alt = "";
+    button.append(thumbnail, element("span", entry.name, "name"), element("span", entry.answer.class), element("b", percent(entry.answer.probability)));
+    button.addEventListener("click", () => show(entry));
+    row.append(button);
+    return row;
+  }));
+}
+
+const known = (metric) => metric && typeof metric.value === "number";
+const interval = (metric) => {
+  if (!known(metric)) return "not defined";
+  const value = metric.value.toFixed(3);
+  return typeof metric.low === "number" ? `${value} (95 % interval ${metric.low.toFixed(3)} to ${metric.high.toFixed(3)})` : value;
+};
+
+function limits(card) {
+  const { metrics, baseline, threshold } = card;
+  const rows = [
+    ["Area under the ROC curve, hold-out", interval(metrics.auc)],
+    ["Measured on", `${metrics.n} slices of ${metrics.n_groups} patients or groups, none of them trained on`],
+    ["Best baseline", `${baseline.name}: ${interval(baseline.auc)}`],
+    ["Sensitivity at the threshold", interval(metrics.sensitivity)],
+    ["Specificity at the threshold", interval(metrics.specificity)],
+    ["Threshold", `${percent(threshold.value)}, chosen on ${threshold.n ?? "the"} ${threshold.chosen_on} slices`],
+    ["Network", card.title || card.network],
+    ["Starting weights", { none: "none: trained from scratch", imagenet: "ImageNet" }[card.weights] || String(card.weights)],
+    ["Version", card.version],
+  ];
+  at("model").replaceChildren(...rows.filter((row) => row[1] !== "not defined")
+    .flatMap(([term, text]) => [element("dt", term), element("dd", text)]));
+  if (card.profile === "demo" || card.profile === "smoke") {
+    at("trained").textContent = "Trained on drawn phantoms, not on patients. Its answer about a real slice means nothing.";
+    at("trained").hidden = false;
+  }
+  const beaten = known(metrics.auc) && known(baseline.auc) && typeof metrics.auc.low === "number" && metrics.auc.low > baseline.auc.value;
+  at("limits").textContent = (beaten ? "" : "The interval does not lie above the best baseline: the network may have learned nothing beyond it. ") +
+    "These numbers hold for slices like those of the hold-out; another scanner, another hospital or another disease is untested.";
+}
+
+async function start() {
+  try {
+    const response = await fetch("api/v1/model");
+    if (!response.ok) throw new Error(await sentence(response));
+    card = await response.json();
+    limits(card);
+  } catch {
+    at("limits").textContent = "The model's card could not be read: reload the page.";
+  }
+}
+
+at("file").addEventListener("change", (event) => {
+  const [file] = event.target.files;
+  if (file) send(file);
+  event.target.value = "";
+});
+at("opacity").addEventListener("input", (event) => {
+  at("heat").style.opacity = event.target.value / 100;
+  at("opacity-value").textContent = `${event.target.value} %`;
+});
+let depth = 0;
+for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
+  window.addEventListener(name, (event) => {
+    event.preventDefault();
+    depth = name === "drop" ? 0 : depth + (name === "dragenter") - (name === "dragleave");
+    at("drop").classList.toggle("over", depth > 0);
+    if (name === "drop" && event.dataTransfer.files.length) send(event.dataTransfer.files[0]);
+  });
+}
+start();

@@ -1,0 +1,69 @@
+"""What several test files share: a tiny exported champion, and phantom slices that need no file."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deeptumornet.dicom import window
+from deeptumornet.phantom import draw_patient, slice_hu
+from deeptumornet.preprocessing import prepare
+
+SIZE = 80
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def phantoms() -> list[np.ndarray]:
+    """Four slices in whole HU (float32), normal and with a mass in turn."""
+    return [np.round(slice_hu(draw_patient(k, bool(k % 2), 0), 0.1)[0]) for k in range(4)]
+
+
+@pytest.fixture(scope="session")
+def slice_png(phantoms) -> bytes:
+    return encoded(window(phantoms[1]))
+
+
+@pytest.fixture(scope="session")
+def champion(tmp_path_factory, phantoms) -> Path:
+    """A champion's folder as `10_export` writes it, of a network of a few hundred weights that was never trained."""
+    import keras
+    from keras import layers
+
+    from deeptumornet.export import export_champion
+    from deeptumornet.training import save_model
+
+    keras.utils.set_random_seed(0)
+    maps = keras.Input((SIZE, SIZE, 1))
+    x = layers.Rescaling(1 / 64)(maps)
+    x = layers.Conv2D(8, 5, strides=4, padding="same", activation="relu")(x)
+    x = layers.Conv2D(8, 3, strides=2, padding="same", activation="relu")(x)
+    backbone = keras.Model(maps, x, name="backbone")
+    slices = keras.Input((SIZE, SIZE, 1), name="slices")
+    pooled = layers.GlobalAveragePooling2D(name="features")(backbone(slices))
+    model = keras.Model(slices, layers.Dense(2, activation="softmax", name="probabilities")(pooled), name="tiny")
+
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "tiny").mkdir()
+    save_model(model, folder / "tiny" / "model.keras")
+    auc = {"value": 0.91, "low": 0.84, "high": 0.96, "interval": "bootstrap over groups"}
+    card = {
+        "network": "tiny", "title": "Tiny", "classes": ["normal", "adenocarcinoma"], "positive": "adenocarcinoma",
+        "profile": "smoke", "weights": "none", "method": "scratch",
+        "input": {"size": SIZE, "channels": 1, "range": [0, 255], "crop": "lungs"}, "data_sha256": "0" * 64,
+        "threshold": {"value": 0.3, "sensitivity": 0.95, "chosen_on": "validation", "n": 40}, "temperature": 1.3,
+        "metrics": {"auc": auc, "sensitivity": auc, "specificity": {"value": None, "why": "no slices"},
+                    "n": 90, "n_groups": 30},
+        "baseline": {"name": "thumbnail", "auc": {"value": 0.7, "low": 0.6, "high": 0.8}}, "code_revision": "0" * 40,
+        "intended_use": "research on lung CT slices; no medical device, not for diagnosis",
+    }
+    reference = np.stack([prepare(window(hu), SIZE, "lungs") for hu in phantoms])
+    export_champion(folder / "tiny", folder / "champion", card, reference)
+    return folder / "champion"

@@ -1,0 +1,151 @@
+"""The pipeline as a stranger runs it: a copy of the project in a folder with spaces, profile smoke, `dvc repro`."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["collect", "preprocess", "train@resnet50", "tune", "compare", "explain", "export", "monitor", "readme"]
+
+
+class Project:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        tools = Path(sys.executable).parent
+        self.env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+
+    def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
+        done = subprocess.run(words, cwd=self.folder, env=self.env, capture_output=True, text=True)
+        assert not check or done.returncode == 0, f"{words}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done
+
+    def ran(self) -> list[str]:
+        """The stages that `dvc repro` runs now, in order."""
+        out = self.run("dvc", "repro").stdout
+        return [line.split("'")[1] for line in out.splitlines() if line.startswith("Running stage")]
+
+    def params(self, change) -> None:
+        file = self.folder / "params.yaml"
+        content = yaml.safe_load(file.read_text())
+        change(content)
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def results(self) -> dict[str, str]:
+        """What the study found, bit by bit: every table, metric and prediction, not the timings."""
+        files = [self.folder / "data/manifest.csv", *sorted((self.folder / "reports/smoke").rglob("*.csv")),
+                 *sorted((self.folder / "reports/smoke/comparison").glob("*.json"))]
+        return {str(f.relative_to(self.folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    folder = tmp_path_factory.mktemp("a place with spaces") / "deep tumor net"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if not name.startswith(("reports/", "dvc.lock")) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    made = Project(folder)
+    made.params(lambda p: p.update(profile="smoke"))
+    made.run("git", "init", "-q")
+    made.run("git", "add", "-A")
+    made.run("git", "-c", "user.name=test", "-c", "user.email=test@test.invalid", "commit", "-qm", "a copy")
+    made.run("dvc", "repro")
+    return made
+
+
+def test_it_runs_from_end_to_end(project):
+    reports = project.folder / "reports/smoke"
+    metrics = json.loads((reports / "comparison/metrics.json").read_text())
+    assert {"holdout", "grouped", "published"} <= set(metrics["protocols"])
+    for results in metrics["protocols"].values():
+        assert {"resnet50", "inceptionv3", "nasnetmobile", "majority", "metadata", "thumbnail"} <= set(results)
+        for metric in results.values():
+            assert metric["n"] > 0 and metric["n_groups"] > 0
+            assert metric["auc"]["value"] is None or metric["auc"]["low"] <= metric["auc"]["value"] <= metric["auc"]["high"]
+    assert (project.folder / "models/champion/card.json").is_file()
+    executed = sorted(p.name for p in (reports / "notebooks").iterdir())
+    assert len(executed) == 11 and all(p.endswith(".ipynb") and not p.startswith(".") for p in executed)
+    assert "## What it is not" in (project.folder / "README.md").read_text()
+
+
+def test_nothing_changed_nothing_runs(project):
+    start = time.monotonic()
+    assert project.ran() == []
+    assert time.monotonic() - start < 5
+
+
+def test_dvc_commands_are_of_use(project):
+    assert "holdout.resnet50.auc" in project.run("dvc", "metrics", "show").stdout
+    assert "compare" in project.run("dvc", "dag").stdout
+    assert Path(project.run("dvc", "plots", "show").stdout.strip().removeprefix("file://").replace("%20", " ")).is_file()
+    project.params(lambda p: p["smoke"]["explain"].update(slices=3))
+    assert "smoke.explain.slices" in project.run("dvc", "params", "diff").stdout
+    project.params(lambda p: p["smoke"]["explain"].update(slices=2))
+
+
+@pytest.mark.parametrize(("what", "file", "text", "expected"), [
+    ("a notebook's line", "nbs/06_nasnetmobile.ipynb", ("\"## Training it\\n\"", "\"## Training it now\\n\""), {"train@nasnetmobile"}),
+    ("a module's line", "deeptumornet/explanation.py", ("import annotations", "import annotations  # changed"), {"explain", "export"}),
+    ("a stage's parameter", "params.yaml", ("tolerance: 0.01", "tolerance: 0.02"), {"check", "export"}),
+    ("a data file", "data/raw/normal/notes.txt", ("A note", "Another note"), None),
+])
+def test_a_changed_line_reruns_what_it_must(project, what, file, text, expected):
+    path = project.folder / file
+    before = path.read_text() if path.exists() else None
+    if expected is None:
+        file, path = next((str(p.relative_to(project.folder)), p) for p in (project.folder / "data/raw").rglob("notes.txt"))
+        before = path.read_text()
+        path.unlink()
+    assert expected is None or text[0] in before, f"{file} no longer has {text[0]}"
+    path.write_text(before.replace(*text))
+    status = json.loads(project.run("dvc", "status", "--json").stdout)
+    assert set(status) == (expected or {"collect", "preprocess"})
+    path.unlink()
+    path.write_text(before)
+    project.run("dvc", "repro")
+
+
+def test_same_seed_same_numbers_bit_for_bit(project):
+    before = project.results()
+    again = ["collect", "preprocess", "train@resnet50", "train@inceptionv3", "tune", "compare"]
+    project.run("dvc", "repro", "--force", "--single-item", *again)
+    assert project.results() == before
+    assert project.ran() in ([], ["export"], ["export", "monitor", "readme"])
+    predictions = project.folder / "reports/smoke/networks/resnet50/predictions.csv"
+    first = pd.read_csv(predictions)
+    project.params(lambda p: p.update(seed=1))
+    project.run("dvc", "repro", "train@resnet50")
+    assert not first.equals(pd.read_csv(predictions))
+    project.params(lambda p: p.update(seed=0))
+    project.run("dvc", "repro")
+    assert project.results() == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_9_then_repro(project, stage):
+    before = project.results()
+    running = subprocess.Popen(["dvc", "repro", "--force", "--single-item", stage], cwd=project.folder, env=project.env,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    for line in running.stdout:
+        if line.startswith(">"):
+            break
+    time.sleep(4)
+    assert running.poll() is None, "the stage ended before it could be killed"
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    time.sleep(2)
+    project.run("dvc", "repro")
+    assert project.results() == before
+    half = [p for p in (project.folder / "reports").rglob("*") if p.name.startswith(".")]
+    assert all(p.is_dir() and p.name.count(".") > 1 for p in half), "only the temporary folder of the killed stage may be left"

@@ -1,0 +1,269 @@
+"""The service as a client meets it: answers, errors, headers, and nothing told that should not be."""
+
+import base64
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import click
+import numpy as np
+import pydicom
+import pytest
+from conftest import encoded
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deeptumornet.dicom import window, write_dicom
+from deeptumornet.export import Engine
+from deeptumornet.preprocessing import frame, read_slice
+from deeptumornet.serving import HEADERS, LARGEST_BODY, create_app
+
+PREDICT = "/api/v1/predict"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def app(champion):
+    return create_app(champion)
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+@pytest.fixture(scope="module")
+def dicom(phantoms, tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("dicom") / "a.dcm"
+    write_dicom(path, phantoms[1], "Doe^Jane", 0.0, 1.4, "series")
+    return path.read_bytes()
+
+
+def problem(response, status: int) -> str:
+    """The detail of a problem document with this status."""
+    assert response.status_code == status, response.text
+    assert response.content_type == "application/problem+json"
+    content = json.loads(response.data)
+    assert set(content) == {"type", "title", "status", "detail"} and content["status"] == status
+    assert "Traceback" not in response.text and ".py" not in response.text
+    return content["detail"]
+
+
+def opened(url: str) -> Image.Image:
+    head, body = url.split(",")
+    assert head == "data:image/png;base64"
+    return Image.open(BytesIO(base64.b64decode(body)))
+
+
+def test_answer_is_the_engines(client, champion, slice_png):
+    said = client.post(PREDICT, data=slice_png).json
+    engine = Engine(champion)
+    p, _ = engine.predict(engine.prepare(read_slice(slice_png, "a.png").pixels)[None])
+    assert said["probability"] == said["probabilities"]["adenocarcinoma"] == p[0, 1]
+    assert list(said["probabilities"]) == ["normal", "adenocarcinoma"]
+    assert said["class"] == max(said["probabilities"], key=said["probabilities"].get)
+    assert said["threshold"] == 0.3 and said["decision"] == ("positive" if p[0, 1] >= 0.3 else "negative")
+    assert said["model"] == {"name": "deeptumornet", "version": engine.card["version"], "network": "tiny"}
+    assert "phantoms" in said["warnings"][0] and "heat_map" not in said and "picture" not in said
+
+
+def test_keras_says_the_same(client, champion, phantoms):
+    from deeptumornet.metrics import calibrate
+    from deeptumornet.training import load_model
+
+    model, engine = load_model(champion / "model.keras"), Engine(champion)
+    for hu in phantoms:
+        prepared = engine.prepare(window(hu))[None, ..., None].astype("float32")
+        expected = calibrate(np.asarray(model(prepared, training=False)), engine.card["temperature"])[0, 1]
+        assert abs(client.post(PREDICT, data=encoded(window(hu))).json["probability"] - expected) < 1e-4
+
+
+def test_every_way_to_send_the_same_slice(client, slice_png, dicom):
+    bodies = [slice_png, dicom, encoded(np.dstack([np.asarray(Image.open(BytesIO(slice_png)))] * 3))]
+    answers = [client.post(PREDICT, data=body) for body in bodies]
+    answers += [client.post(PREDICT, data={"file": (BytesIO(body), "Doe Jane.exe")}) for body in bodies]
+    answers.append(client.post(PREDICT, data=slice_png, content_type="application/x-www-form-urlencoded"))
+    assert len({answer.json["probability"] for answer in answers}) == 1
+    assert "colour" in client.post(PREDICT, data=bodies[2]).json["warnings"][-1]
+
+
+def test_jpeg_is_read_with_a_warning(client, phantoms):
+    said = client.post(PREDICT, data=encoded(window(phantoms[0]), "JPEG"))
+    assert said.status_code == 200 and any("JPEG" in w for w in said.json["warnings"])
+
+
+@pytest.mark.parametrize("scale", [1, 5])
+def test_heat_map_lies_over_the_lungs(client, phantoms, scale):
+    pixels = np.kron(window(phantoms[1]), np.ones((scale, scale), np.uint8))
+    pixels = np.pad(pixels, ((0, 60 * scale), (0, 0)))
+    said = client.post(f"{PREDICT}?heat_map=true", data=encoded(pixels)).json
+    picture, heat = opened(said["picture"]), opened(said["heat_map"])
+    assert picture.mode == "L" and heat.mode == "RGBA" and picture.size == heat.size
+    assert max(picture.size) == min(512, max(pixels.shape))
+    if scale == 1:
+        assert (np.asarray(picture) == pixels).all()
+    _, top, left, side = frame(pixels, "lungs")
+    ratio = picture.size[1] / pixels.shape[0]
+    rows, columns = np.nonzero(np.asarray(heat)[..., 3])
+    assert len(rows), "something is warm"
+    assert rows.min() >= top * ratio - 2 and rows.max() <= (top + side) * ratio + 2
+    assert columns.min() >= left * ratio - 2 and columns.max() <= (left + side) * ratio + 2
+
+
+def test_what_is_refused(client, slice_png, dicom):
+    cut = "damaged or cut short"
+    assert "no file" in problem(client.post(PREDICT), 400)
+    assert "no file" in problem(client.post(PREDICT, data={"other": (BytesIO(slice_png), "a.png")}), 400)
+    torn = client.post(PREDICT, data=slice_png, content_type="multipart/form-data; boundary=x")
+    assert "no file" in problem(torn, 400)
+    assert "true or false" in problem(client.post(f"{PREDICT}?heat_map=1", data=slice_png), 400)
+    assert "32 MiB" in problem(client.post(PREDICT, data=bytes(LARGEST_BODY + 1)), 413)
+    assert "32 MiB" in problem(client.post(PREDICT, data={"file": (BytesIO(bytes(LARGEST_BODY + 1)), "a.png")}), 413)
+    for body in (b"a note", b"GIF89a" + bytes(90), b"%PDF-1.7", b"\x00"):
+        assert "not a PNG, JPEG or DICOM" in problem(client.post(PREDICT, data=body), 415)
+    assert cut in problem(client.post(PREDICT, data=slice_png[:len(slice_png) // 2]), 422)
+    assert "1×1" in problem(client.post(PREDICT, data=encoded(np.zeros((1, 1), np.uint8))), 422)
+    assert "no lung field" in problem(client.post(PREDICT, data=encoded(np.full((99, 99), 200, np.uint8))), 422)
+    assert "shape" in problem(client.post(PREDICT, data=encoded(np.zeros((32, 20000), np.uint8))), 422)
+    assert "cannot be read as DICOM" in problem(client.post(PREDICT, data=dicom[:4000]), 422)
+    assert problem(client.get("/nothing"), 404) and problem(client.get("/page/../serving.py"), 404)
+    response = client.get(PREDICT)
+    assert problem(response, 405) and "POST" in response.headers["Allow"]
+
+
+def test_a_small_file_that_asks_for_gigabytes(client):
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    for side in (9000, 60000):
+        head = side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+        body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body
+        assert "too" in problem(client.post(PREDICT, data=bomb), 422)
+
+
+def test_a_defect_tells_nothing(champion, slice_png, monkeypatch, caplog):
+    app = create_app(champion)
+    monkeypatch.setattr("deeptumornet.serving.answer", lambda *_: 1 / 0)
+    with caplog.at_level(logging.DEBUG):
+        detail = problem(app.test_client().post(PREDICT, data=slice_png), 500)
+    assert "division" not in detail and "ZeroDivisionError" in caplog.text and "division by zero" not in caplog.text
+
+
+def test_headers_on_everything(client, slice_png):
+    answers = [client.get(path) for path in ("/", "/page/app.js", "/nothing")]
+    for response in (*answers, client.post(PREDICT, data=slice_png), client.post(PREDICT)):
+        assert {k: response.headers[k] for k in HEADERS} == HEADERS
+        response.close()
+    assert "default-src 'self'; img-src 'self' data: blob:" in HEADERS["Content-Security-Policy"]
+
+
+def test_health_and_card(client, champion):
+    assert client.get("/v2/health/live").json == {"live": True}
+    assert client.get("/v2/health/ready").json == {"ready": True}
+    card = client.get("/api/v1/model").json
+    full = json.loads((champion / "card.json").read_text())
+    assert card == {k: full[k] for k in card} and {"metrics", "baseline", "threshold", "intended_use"} <= set(card)
+    assert not {"files", "engine"} & set(card)
+
+
+def test_nothing_of_a_patient_is_told(client, dicom, phantoms, caplog, capfd, recwarn):
+    data = pydicom.dcmread(BytesIO(dicom))
+    data.PatientName, data.PatientID, data.PatientBirthDate = "Secret^Person", "SECRET-ID", "19010203"
+    data.add_new(0x00104000, "LT", "SECRET COMMENT")
+    whole = BytesIO()
+    data.save_as(whole)
+    wrong = BytesIO()
+    data.Modality = "CT"
+    data.NumberOfFrames = 7
+    data.save_as(wrong)
+    truncated = whole.getvalue()[:3000]
+    with caplog.at_level(logging.DEBUG):
+        for body in (whole.getvalue(), wrong.getvalue(), truncated, whole.getvalue().replace(b"19010203", b"SECRET!!")):
+            text = client.post(f"{PREDICT}?heat_map=true", data={"file": (BytesIO(body), "SECRET.dcm")}).text
+            assert "secret" not in text.lower() and "1901" not in text[:600]
+    said = caplog.text + "".join(capfd.readouterr()) + "".join(str(w.message) for w in recwarn)
+    assert "secret" not in said.lower()
+
+
+def test_no_upload_touches_the_disk(client, phantoms, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a temporary file")
+    for name in ("TemporaryFile", "SpooledTemporaryFile", "NamedTemporaryFile", "mkstemp"):
+        monkeypatch.setattr(tempfile, name, never)
+    monkeypatch.setattr("werkzeug.formparser.SpooledTemporaryFile", never)
+    monkeypatch.setattr("werkzeug.formparser.TemporaryFile", never, raising=False)
+    problem(client.post(PREDICT, data={"file": (BytesIO(bytes(2_000_000)), "a.png")}), 415)
+    noise = np.random.default_rng(0).integers(0, 2, (phantoms[0].shape[0] * 6,) * 2).astype(np.uint8)
+    body = encoded(np.kron(window(phantoms[0]), np.ones((6, 6), np.uint8)) // 2 + noise)
+    assert len(body) > 500_000, "so large that werkzeug would spool it"
+    assert client.post(PREDICT, data={"file": (BytesIO(body), "a.png")}).status_code == 200
+
+
+def test_threads_agree_with_one(app, phantoms):
+    bodies = [encoded(window(hu)) for hu in phantoms] * 6
+    def ask(body):
+        return app.test_client().post(f"{PREDICT}?heat_map=true", data=body).json
+    alone = [ask(body) for body in bodies[:4]] * 6
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, bodies)) == alone
+
+
+def mutations(source: bytes):
+    edits = st.lists(st.tuples(st.integers(0, len(source) - 1), st.integers(0, 255)), max_size=12)
+    return st.tuples(edits, st.integers(0, len(source))).map(lambda change: mutate(source, *change))
+
+
+def mutate(source: bytes, edits: list[tuple[int, int]], end: int) -> bytes:
+    body = bytearray(source)
+    for place, value in edits:
+        body[place if place % 3 else place % 1200 % len(body)] = value
+    return bytes(body[:end] if end % 2 else body)
+
+
+def test_no_body_makes_a_500(app, dicom, phantoms):
+    client = app.test_client()
+    small = window(phantoms[1])[::2, ::2]
+    sources = [encoded(small), encoded(small, "JPEG"), dicom]
+    bodies = st.one_of(st.binary(max_size=300), *[mutations(source) for source in sources],
+                       *[st.binary(max_size=300).map(source[:140].__add__) for source in sources])
+
+    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(bodies, st.booleans())
+    def holds(body, multipart):
+        data = {"file": (BytesIO(body), "a.png")} if multipart else body
+        response = client.post(f"{PREDICT}?heat_map=true", data=data)
+        assert response.status_code in (200, 400, 415, 422), response.text
+        if response.status_code == 200:
+            assert 0 <= response.json["probability"] <= 1
+    holds()
+
+
+def test_serves_without_tensorflow(champion, slice_png, tmp_path):
+    (tmp_path / "a.png").write_bytes(slice_png)
+    code = ("import sys\nfrom deeptumornet.serving import create_app\n"
+            "client = create_app().test_client()\n"
+            f"assert client.post('{PREDICT}?heat_map=true', data=open('a.png', 'rb').read()).status_code == 200\n"
+            "print([m for m in ('tensorflow', 'keras', 'mlflow') if m in sys.modules])")
+    env = {**os.environ, "DEEPTUMORNET_CHAMPION": str(champion), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_or_changed_champion_is_a_sentence(champion, tmp_path):
+    with pytest.raises(click.ClickException, match="run `make study` first"):
+        create_app(tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DEEPTUMORNET_CHAMPION": ""}
+    (tmp_path / "params.yaml").write_text("")
+    words = [sys.executable, "-m", "flask", "--app", "deeptumornet.serving", "run", "--port", "0"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "run `make study` first" in done.stderr

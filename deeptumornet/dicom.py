@@ -46,13 +46,13 @@ def read_dicom(source: Path | bytes, name: str) -> tuple[np.ndarray, FileDataset
         if int(data.get("NumberOfFrames", 1) or 1) != 1:
             raise StudyError(f"{name} holds {data.NumberOfFrames} frames: split it into one file per slice")
         stored = data.pixel_array
+        hu = pydicom.pixels.apply_modality_lut(stored, data).astype(np.float32)
     except StudyError:
         raise
     except Exception as error:
         raise StudyError(f"{name} cannot be read as DICOM ({' '.join(str(error).split())[:120]}): fetch it again or leave it out") from error
     if stored.ndim != 2:
         raise StudyError(f"{name} is a colour picture, not a CT slice: leave it out")
-    hu = pydicom.pixels.apply_modality_lut(stored, data).astype(np.float32)
     return (-hu if data.get("PhotometricInterpretation") == "MONOCHROME1" else hu), data
 
 

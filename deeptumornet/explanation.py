@@ -33,7 +33,7 @@ def grad_cam(model: keras.Model, slices: np.ndarray, positive: int) -> np.ndarra
     import keras
     import tensorflow as tf
 
-    maps = keras.Model(model.input, model.get_layer("backbone").output)
+    maps = keras.Model(model.input, model.get_layer("features").input)
     value = maps(np.asarray(slices, "float32")[..., None], training=False)
     with tf.GradientTape() as tape:
         tape.watch(value)

@@ -27,7 +27,7 @@ def convert(model, positive: int) -> bytes:
 
     names = [layer.name for layer in model.layers]
     dense = [layer for layer in model.layers[names.index("features"):] if isinstance(layer, keras.layers.Dense)]
-    maps = keras.Model(model.input, model.get_layer("backbone").output)
+    maps = keras.Model(model.input, model.get_layer("features").input)
     size = model.input_shape[1]
 
     @tf.function(input_signature=[tf.TensorSpec((None, size, size, 1), tf.float32, name="slices")])
@@ -45,7 +45,7 @@ def convert(model, positive: int) -> bytes:
         return {"probabilities": probabilities, "heat": heat / tf.maximum(tf.reduce_max(heat, axis=(1, 2), keepdims=True), 1e-12)}
 
     module = tf.Module()
-    module.model, module.run = model, run
+    module.run, module.values = run, [v.value for v in model.variables]
     return tf.lite.TFLiteConverter.from_concrete_functions([run.get_concrete_function()], module).convert()
 
 # %% ../nbs/10_export.ipynb #c009

@@ -5,46 +5,76 @@
 # %% ../nbs/12_monitoring.ipynb #c002
 from __future__ import annotations
 
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from scipy.ndimage import laplace
 from scipy.stats import false_discovery_control, ks_2samp
 
+from .serving import STATISTICS, image_statistics
 from .study import StudyError
+
+_all_ = ["image_statistics"]
 
 LEAST_WINDOW = 20
 "Fewer slices than this are no window: a Kolmogorov-Smirnov test could find only gross shifts in them"
 
 # %% auto #0
-__all__ = ['LEAST_WINDOW', 'slice_statistics', 'drift', 'decide']
+__all__ = ['LEAST_WINDOW', 'statistics_table', 'read_log', 'drift_table', 'decide', 'image_statistics']
 
 # %% ../nbs/12_monitoring.ipynb #c007
-def slice_statistics(slices: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
-    """One row per prepared slice (uint8, n × size × size): mean, contrast (standard deviation), sharpness (standard
-    deviation of the Laplacian), dark (share of pixels under 10), and the positive class's probability (n)."""
-    pictures = slices.astype(np.float32)
+def statistics_table(slices: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
+    "One row per prepared slice (uint8, n × size × size): its `image_statistics`, and the positive class's `probability` (n, 0..1)"
+    rows = [image_statistics(pixels) for pixels in slices]
+    return pd.DataFrame(rows, columns=list(STATISTICS)).assign(probability=np.asarray(probability))
+
+
+def read_log(path: Path | str, version: str, positive: str) -> pd.DataFrame:
+    """The rows of a prediction log that the model `version` made, oldest first, as `statistics_table` has them.
+
+    Raises StudyError where the file is missing or is no prediction log."""
+    if not Path(path).is_file():
+        raise StudyError(f"there is no prediction log {path}: start the service with DEEPTUMORNET_PREDICTION_LOG set to it")
+    try:
+        with closing(sqlite3.connect(path)) as log:
+            rows = log.execute(f"SELECT {', '.join(STATISTICS)}, probabilities FROM predictions WHERE version = ? ORDER BY rowid",
+                               (version,)).fetchall()
+    except sqlite3.DatabaseError as error:
+        raise StudyError(f"{path} is no prediction log ({error}): name the file that the service writes") from error
+    table = pd.DataFrame(rows, columns=[*STATISTICS, "probability"])
+    return table.assign(probability=[float(json.loads(p)[positive]) for p in table["probability"]])
+
+# %% ../nbs/12_monitoring.ipynb #c012
+def drift_table(reference: pd.DataFrame, current: pd.DataFrame, alpha: float = 0.01, least: int = LEAST_WINDOW) -> pd.DataFrame:
+    """For each column of `reference` a two-sample Kolmogorov-Smirnov test of `current` against it: `quantity`, `statistic`
+    (0..1), `p` corrected for false discovery (Benjamini and Hochberg), whether it `drifted` (p < alpha), and the two
+    medians and numbers of rows.
+
+    Raises StudyError for fewer than `least` rows in either, a column that `current` lacks, and a value that is no number."""
+    for name, table in (("reference", reference), ("current window", current)):
+        if len(table) < least:
+            raise StudyError(f"the {name} has {len(table)} slices, too few to tell drift: wait for {least}")
+        for column in reference.columns:
+            if column not in table.columns or not np.isfinite(table[column].astype(float)).all():
+                raise StudyError(f"the {name} has no number in column {column!r} of some slice: compute it as for the reference")
+    tests = [ks_2samp(reference[c], current[c]) for c in reference.columns]
+    p = false_discovery_control([test.pvalue for test in tests])
     return pd.DataFrame({
-        "mean": pictures.mean((1, 2)), "contrast": pictures.std((1, 2)), "sharpness": [float(laplace(p).std()) for p in pictures],
-        "dark": (slices < 10).mean((1, 2)), "probability": probability,
+        "quantity": list(reference.columns), "statistic": [float(test.statistic) for test in tests], "p": p, "drifted": p < alpha,
+        "reference_median": reference.median().to_numpy(), "current_median": current[reference.columns].median().to_numpy(),
+        "n_reference": len(reference), "n_current": len(current),
     })
-
-
-def drift(reference: pd.DataFrame, window: pd.DataFrame, alpha: float = 0.01) -> pd.DataFrame:
-    """For each column a two-sample Kolmogorov-Smirnov test of `window` against `reference`: statistic (0..1), p corrected
-    for false discovery (Benjamini and Hochberg), and whether it `drifted` at `alpha`.
-
-    Raises StudyError for fewer than LEAST_WINDOW rows in either."""
-    for name, table in (("reference", reference), ("window", window)):
-        if len(table) < LEAST_WINDOW:
-            raise StudyError(f"the {name} has {len(table)} slices, too few to tell drift: wait for {LEAST_WINDOW}")
-    tests = {c: ks_2samp(reference[c], window[c]) for c in reference.columns}
-    table = pd.DataFrame({"quantity": list(tests), "statistic": [t.statistic for t in tests.values()],
-                          "p": false_discovery_control([t.pvalue for t in tests.values()])})
-    return table.assign(drifted=table["p"] < alpha)
 
 
 def decide(table: pd.DataFrame) -> dict:
     "Whether the drift `table` asks for a retraining, and why, in words"
-    moved = list(table.loc[table["drifted"], "quantity"])
-    why = f"{', '.join(moved)} shifted against the reference" if moved else "nothing watched has shifted"
-    return {"retrain": bool(moved), "why": why}
+    moved = table[table["drifted"]]
+    parts = [f"{row.quantity} {'rose' if row.current_median > row.reference_median else 'fell'} from a median of "
+             f"{row.reference_median:.3g} to {row.current_median:.3g}" if row.current_median != row.reference_median
+             else f"{row.quantity} changed its spread" for row in moved.itertuples()]
+    if not parts:
+        return {"retrain": False, "why": f"none of {len(table)} watched quantities has shifted against the reference"}
+    return {"retrain": True, "why": f"against the reference {', '.join(parts)}: look at the slices, label some, and retrain"}

@@ -86,6 +86,8 @@ def read_slice(source: Path | bytes, name: str) -> Slice:
 def _check_size(width: int, height: int, name: str) -> None:
     if min(width, height) < SMALLEST:
         raise StudyError(f"{name} has {width}×{height} pixels, a slice at least {SMALLEST}×{SMALLEST}: leave it out")
+    if max(width, height) > 4 * min(width, height):
+        raise StudyError(f"{name} has {width}×{height} pixels, which is no CT slice's shape: leave it out")
     if width * height > LARGEST:
         raise StudyError(f"{name} has {width}×{height} pixels, too many for a CT slice ({LARGEST:,} at most): scale it down or leave it out")
 
@@ -148,9 +150,7 @@ def inspect(path: str, workspace: Path, slices: Path, size: int, crop: str) -> d
                 "format": found.format, "border": round(float(edge.mean()), 3)}
         if found.pixels.std() < 2:
             raise StudyError(f"{path} is blank: leave it out")
-        prepared = Image.fromarray(prepare(found.pixels, size, crop))
-        with atomic(slices / f"{found.image_id}.png") as temporary:
-            prepared.save(temporary, "PNG")
+        Image.fromarray(prepare(found.pixels, size, crop)).save(slices / f"{found.image_id}.png")
         whole = Image.fromarray(found.pixels)
         row |= {"status": "kept", "phash": str(imagehash.phash(whole)), "dhash": str(imagehash.dhash(whole))}
     except StudyError as error:

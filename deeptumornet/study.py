@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import yaml
 from filelock import FileLock
 from tqdm import tqdm
@@ -83,8 +84,9 @@ def check_params(params: dict, root: Path) -> dict:
     for name in profile["collect"].get("folders", {}):
         if name not in params["classes"]:
             raise wrong("class in collect.folders", name, params["classes"])
-    for key in ("weights", "size"):
-        for name in set(profile["train"][key]) ^ set(params["networks"]):
+    per_network = {key: value for key, value in profile["train"].items() if isinstance(value, dict)}
+    for key, value in per_network.items():
+        for name in set(value) ^ set(params["networks"]):
             raise StudyError(f"params.yaml: train.{key} and networks disagree about {name!r}; name it in both or neither")
     return params
 
@@ -102,10 +104,14 @@ def load_params(root: Path) -> dict:
 def atomic(path: Path | str) -> Iterator[Path]:
     """Give a temporary path beside `path`, a file or a folder to fill; rename it to `path` when the block ends well.
 
-    Raises StudyError on a full disk, and removes the temporary path on any error."""
+    Raises StudyError on a full disk, and removes the temporary path on any error; what a killed process left is removed
+    by the next that writes `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
+    for left in path.parent.glob(f".{path.name}.*~"):
+        if not psutil.pid_exists(int(left.suffix[1:-1])):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}~", dir=path.parent)) / path.name
     try:
         yield temporary
         if path.is_dir():
@@ -143,7 +149,7 @@ def sha256(path: Path | str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_study.ipynb #c015
+# %% ../nbs/00_study.ipynb #c016
 @dataclass(frozen=True)
 class Study:
     "The opened study: its `profile`, its parameters and its paths under `workspace`"
@@ -206,12 +212,12 @@ def open_study(profile: str | None = None, workspace: Path | str = ".", root: Pa
     check_params(settings, root)
     return Study(settings["profile"], root, (root / workspace).resolve(), settings)
 
-# %% ../nbs/00_study.ipynb #c019
+# %% ../nbs/00_study.ipynb #c020
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     "`items` with a progress bar named `what` on stderr"
     return tqdm(items, desc=what, total=total, mininterval=1.0, leave=False)
 
-# %% ../nbs/00_study.ipynb #c021
+# %% ../nbs/00_study.ipynb #c022
 def code_revision(root: Path) -> str:
     "The git commit of the project, with `+changes` where tracked files differ from it; `unknown` outside git"
     def git(*words: str) -> str:
@@ -242,7 +248,7 @@ def tracked(study: Study, name: str, params: dict | None = None, nested: bool = 
         })
         yield run
 
-# %% ../nbs/00_study.ipynb #c024
+# %% ../nbs/00_study.ipynb #c025
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
@@ -282,7 +288,7 @@ def run_notebook(notebook: str, profile: str, workspace: Path | str = ".", root:
         nbformat.write(executed, temporary)
     return target
 
-# %% ../nbs/00_study.ipynb #c026
+# %% ../nbs/00_study.ipynb #c027
 def main(words: list[str] | None = None) -> int:
     "The command `deeptumornet`: 0 when it went well, 1 with one sentence on stderr for bad input"
     parser = argparse.ArgumentParser(prog="deeptumornet", description="Lung CT slices by transfer learning: a reproducible study.")

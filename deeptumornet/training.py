@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CAFFE_MEANS', 'Network', 'load_network', 'deterministic', 'load_backbone', 'build_model', 'save_model', 'load_model',
-           'slice_dataset', 'training_dataset', 'fit_scratch', 'settle', 'compute_features', 'cached_features', 'Head',
-           'prediction_rows', 'cross_validate', 'train', 'predict_slices', 'save_all', 'log_model', 'show_curve']
+           'slice_dataset', 'training_dataset', 'fit_scratch', 'scores', 'settle', 'compute_features',
+           'cached_features', 'Head', 'prediction_rows', 'cross_validate', 'settings_of', 'train', 'predict_slices',
+           'save_all', 'log_model', 'show_curve']
 
 # %% ../nbs/03_training.ipynb #c007
 @dataclass(frozen=True)
@@ -87,12 +89,22 @@ def load_backbone(network: Network, size: int, weights: str, root: Path) -> kera
         file = root / weights
         if not file.is_file():
             raise StudyError(f"the weights file {file} of train.weights.{network.name} is missing: put it there, or write none or imagenet")
+        before = [kernel.numpy() for kernel in _kernels(backbone)]
         try:
-            backbone.load_weights(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                backbone.load_weights(file)
+            if any((old == new.numpy()).all() for old, new in zip(before, _kernels(backbone), strict=True)):
+                raise ValueError("it leaves some layers as they were")
         except Exception as error:
             raise StudyError(f"the weights file {file} does not belong to {network.title} without its top "
                              f"({' '.join(str(error).split())[:120]}): name the right file in train.weights.{network.name}") from error
     return backbone
+
+
+def _kernels(model: keras.Model) -> list:
+    "The kernels of `model`: drawn at random when it is built, so that one unchanged was not loaded"
+    return [v for v in model.variables if len(v.shape) >= 2]
 
 
 def build_model(backbone: keras.Model, network: Network, prepared: int, classes: int, dropout: float = 0.0) -> keras.Model:
@@ -169,7 +181,6 @@ def fit_scratch(model: keras.Model, train: tuple[list[Path], np.ndarray], valida
 
     `train` and `validation` are (files, class indices). Raises StudyError where the loss is not a number."""
     import keras
-    import tensorflow as tf
 
     files, labels = train
     steps = int(np.ceil(len(files) / settings["batch"]))
@@ -179,17 +190,29 @@ def fit_scratch(model: keras.Model, train: tuple[list[Path], np.ndarray], valida
     total, warm = steps * settings["epochs"], min(100, steps)
     rate = keras.optimizers.schedules.CosineDecay(settings["rate"] / 100, total - warm, warmup_target=settings["rate"], warmup_steps=warm)
     model.compile(keras.optimizers.AdamW(rate), "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
-    held = tf.data.Dataset.zip(slice_dataset(validation[0], 64), tf.data.Dataset.from_tensor_slices(validation[1].astype("int64")).batch(64))
-    bar = progress([], model.name, settings["epochs"])
-    tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: (bar.set_postfix(loss=f"{logs['loss']:.3f}"), bar.update()))
-    best = keras.callbacks.EarlyStopping("val_loss", patience=settings["epochs"], restore_best_weights=True)
-    history = model.fit(training_dataset(files, labels, settings["batch"], seed, model.input_shape[1]), steps_per_epoch=steps,
-                        epochs=settings["epochs"], validation_data=held, verbose=0, callbacks=[best, tell])
-    bar.close()
-    curve = pd.DataFrame(history.history)
-    if not np.isfinite(curve["loss"]).all():
+    batches = iter(training_dataset(files, labels, settings["batch"], seed, model.input_shape[1]))
+    rows, best, bar = [], None, progress(range(total), model.name)
+    for step in bar:
+        logs = model.train_on_batch(*next(batches), return_dict=True)
+        if (step + 1) % steps:
+            continue
+        model.reset_metrics()
+        held = predict_slices(model, validation[0])
+        rows.append({"epoch": len(rows), **{k: float(v) for k, v in logs.items()}, **scores(held, validation[1])})
+        bar.set_postfix({k: f"{rows[-1][k]:.3f}" for k in ("loss", "val_loss")})
+        if rows[-1]["val_loss"] <= min(row["val_loss"] for row in rows):
+            best = model.get_weights()
+    curve = pd.DataFrame(rows)
+    if not np.isfinite(curve[["loss", "val_loss"]]).all(axis=None):
         raise StudyError(f"the loss of {model.name} became infinite: lower train.rate from {settings['rate']}")
-    return curve.rename_axis("epoch").reset_index()
+    model.set_weights(best)
+    return curve
+
+
+def scores(p: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    "val_loss (natural logarithm) and val_accuracy of probabilities `p` (n × classes) for class indices `labels`"
+    true = np.clip(p[np.arange(len(labels)), labels], 1e-7, 1)
+    return {"val_loss": float(-np.log(true).mean()), "val_accuracy": float((p.argmax(1) == labels).mean())}
 
 # %% ../nbs/03_training.ipynb #c021
 def settle(model: keras.Model, files: list[Path]) -> None:
@@ -274,8 +297,7 @@ class Head:
                 logs = self.model.train_on_batch(features[part], labels[part], sample_weight=weight[part], return_dict=True)
             row = {"epoch": epoch, **{k: float(v) for k, v in logs.items()}}
             if validation is not None:
-                held = np.clip(self.predict(validation[0])[np.arange(len(validation[1])), validation[1]], 1e-7, 1)
-                row |= {"val_loss": float(-np.log(held).mean()), "val_accuracy": float((self.predict(validation[0]).argmax(1) == validation[1]).mean())}
+                row |= scores(self.predict(validation[0]), validation[1])
             rows.append(row)
         curve = pd.DataFrame(rows)
         if not np.isfinite(curve["loss"]).all():
@@ -317,13 +339,18 @@ def cross_validate(head: Head, features: pd.DataFrame, manifest: pd.DataFrame, s
     return pd.concat(parts) if parts else pd.DataFrame()
 
 
+def settings_of(study: Study, name: str) -> dict:
+    "The parameters of the train stage for the network `name`: where a value is given per network, its own"
+    return {k: v[name] if isinstance(v, dict) else v for k, v in study["train"].items()}
+
+
 def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFrame]:
     """Train the network `name`, write models/<name>/ and its curve and predictions under reports; (model, curve, predictions).
 
     Everything is in one MLflow run. Raises StudyError for bad parameters or weights."""
-    network, settings = load_network(name), study["train"]
+    network, settings = load_network(name), settings_of(study, name)
     manifest = load_manifest(study.manifest)
-    weights, size, prepared = str(settings["weights"][name]), settings["size"][name], study["preprocess"]["size"]
+    weights, size, prepared = str(settings["weights"]), settings["size"], study["preprocess"]["size"]
     deterministic(study.seed)
     backbone = load_backbone(network, size, weights, study.root)
     model = build_model(backbone, network, prepared, len(study.classes), settings["dropout"])

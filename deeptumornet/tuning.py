@@ -22,6 +22,7 @@ from deeptumornet.training import (
     log_model,
     prediction_rows,
     save_all,
+    settings_of,
 )
 
 # %% auto #0
@@ -85,7 +86,7 @@ def put_head(model, head: Head):
 def tune(study: Study) -> tuple[pd.DataFrame, dict]:
     "Search, write the trials and the choice, retrain the winner as models/tuned; (trials, chosen values)"
     settings, name = study["tune"], study.settings["tune_on"]
-    told = {**study["train"], "epochs": settings["epochs"]}
+    told = {**settings_of(study, name), "epochs": settings["epochs"]}
     manifest = load_manifest(study.manifest)
     deterministic(study.seed)
     file = study.models / name / "model.keras"
@@ -106,7 +107,7 @@ def tune(study: Study) -> tuple[pd.DataFrame, dict]:
         curve = head.fit(features["train"], labels["train"], (features["validation"], labels["validation"]))
         tuned = put_head(model, head)
         held = prediction_rows(parts["validation"], head.predict(features["validation"]), study.classes, network="tuned", protocol="validation", repeat=0, fold=0)
-        save_all(study, tuned, load_network(name), study["train"]["weights"][name], study["train"]["size"][name], curve,
+        save_all(study, tuned, load_network(name), told["weights"], told["size"], curve,
                  pd.concat([held, predictions], ignore_index=True), name="tuned")
         log_model(study, tuned, "tuned", parts["validation"]["image_id"].iloc[:2])
     write_csv(study.report("tuning", "trials.csv"), trials)

@@ -33,7 +33,9 @@ def slice_png(phantoms) -> bytes:
 
 @pytest.fixture(scope="session")
 def champion(tmp_path_factory, phantoms) -> Path:
-    """A champion's folder as `10_export` writes it, of a network of a few hundred weights that was never trained."""
+    """A champion's folder as `10_export` writes it, of two thousand untrained weights.
+
+    Its head is set so that answers differ around one half, and that heat is where features are."""
     import keras
     from keras import layers
 
@@ -49,6 +51,10 @@ def champion(tmp_path_factory, phantoms) -> Path:
     slices = keras.Input((SIZE, SIZE, 1), name="slices")
     pooled = layers.GlobalAveragePooling2D(name="features")(backbone(slices))
     model = keras.Model(slices, layers.Dense(2, activation="softmax", name="probabilities")(pooled), name="tiny")
+    reference = np.stack([prepare(window(hu), SIZE, "lungs") for hu in phantoms])
+    strength = np.asarray(keras.Model(slices, pooled)(reference[..., None].astype("float32"))).sum(1).mean()
+    head = [np.tile([-3.0, 3.0], (8, 1)), np.array([3 * strength, -3 * strength])]
+    model.get_layer("probabilities").set_weights(head)
 
     folder = tmp_path_factory.mktemp("models")
     (folder / "tiny").mkdir()
@@ -64,6 +70,5 @@ def champion(tmp_path_factory, phantoms) -> Path:
         "baseline": {"name": "thumbnail", "auc": {"value": 0.7, "low": 0.6, "high": 0.8}}, "code_revision": "0" * 40,
         "intended_use": "research on lung CT slices; no medical device, not for diagnosis",
     }
-    reference = np.stack([prepare(window(hu), SIZE, "lungs") for hu in phantoms])
     export_champion(folder / "tiny", folder / "champion", card, reference)
     return folder / "champion"

@@ -127,6 +127,8 @@ def test_what_is_refused(client, slice_png, dicom):
     assert "true or false" in problem(client.post(f"{PREDICT}?heat_map=1", data=slice_png), 400)
     assert "32 MiB" in problem(client.post(PREDICT, data=bytes(LARGEST_BODY + 1)), 413)
     assert "32 MiB" in problem(client.post(PREDICT, data={"file": (BytesIO(bytes(LARGEST_BODY + 1)), "a.png")}), 413)
+    undeclared = {"input_stream": BytesIO(bytes(LARGEST_BODY + 1)), "headers": {"Transfer-Encoding": "chunked"}}
+    assert "32 MiB" in problem(client.post(PREDICT, **undeclared, environ_overrides={"wsgi.input_terminated": True}), 413)
     for body in (b"a note", b"GIF89a" + bytes(90), b"%PDF-1.7", b"\x00"):
         assert "not a PNG, JPEG or DICOM" in problem(client.post(PREDICT, data=body), 415)
     assert cut in problem(client.post(PREDICT, data=slice_png[:len(slice_png) // 2]), 422)

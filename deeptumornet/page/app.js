@@ -8,7 +8,7 @@ const percent = (p) => {
   if (value > 99.9 && value < 100) return "over 99.9 %";
   return `${value.toFixed(1)} %`;
 };
-const history = [];
+const visit = [];
 let card = null;
 let latest = 0;
 
@@ -53,8 +53,9 @@ async function send(file) {
     }
     const answer = await response.json();
     if (turn !== latest) return;
-    history.unshift({ name: file.name, answer });
-    show(history[0]);
+    visit.unshift({ name: file.name, answer });
+    visit.length = Math.min(visit.length, 50);
+    show(visit[0]);
     at("status").textContent = `${file.name}: done.`;
   } catch {
     if (turn === latest) fail("the service does not answer: see whether it still runs, and send the file again");
@@ -95,8 +96,8 @@ function show(entry) {
 }
 
 function list(current) {
-  at("history-card").hidden = history.length === 0;
-  at("history").replaceChildren(...history.map((entry) => {
+  at("history-card").hidden = visit.length === 0;
+  at("history").replaceChildren(...visit.map((entry) => {
     const row = element("li");
     const button = element("button");
     button.type = "button";

@@ -29,7 +29,7 @@ from deeptumornet.training import (
 __all__ = ['SPACE', 'search', 'build_head', 'put_head', 'tune']
 
 # %% ../nbs/07_tuning.ipynb #c007
-SPACE = {"units": [0, 64], "dropout": [0.0, 0.3], "rate": [0.0003, 0.001, 0.003], "optimizer": ["adam", "rmsprop", "adamw"]}
+SPACE = {"units": [0, 64], "dropout": [0.0, 0.3], "rate": [0.001, 0.003, 0.01], "optimizer": ["adam", "rmsprop", "adamw"]}
 
 
 def search(features: dict[str, np.ndarray], labels: dict[str, np.ndarray], kind: str, trials: int, settings: dict, seed: int,

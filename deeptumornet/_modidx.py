@@ -239,6 +239,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deeptumornet.training.load_model': ('training.html#load_model', 'deeptumornet/training.py'),
                                        'deeptumornet.training.load_network': ('training.html#load_network', 'deeptumornet/training.py'),
                                        'deeptumornet.training.log_model': ('training.html#log_model', 'deeptumornet/training.py'),
+                                       'deeptumornet.training.mean_of': ('training.html#mean_of', 'deeptumornet/training.py'),
                                        'deeptumornet.training.predict_slices': ('training.html#predict_slices', 'deeptumornet/training.py'),
                                        'deeptumornet.training.prediction_rows': ( 'training.html#prediction_rows',
                                                                                   'deeptumornet/training.py'),

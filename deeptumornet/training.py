@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CAFFE_MEANS', 'Network', 'load_network', 'deterministic', 'load_backbone', 'build_model', 'save_model', 'load_model',
-           'slice_dataset', 'training_dataset', 'fit_scratch', 'scores', 'settle', 'compute_features',
+           'slice_dataset', 'training_dataset', 'fit_scratch', 'mean_of', 'scores', 'settle', 'compute_features',
            'cached_features', 'Head', 'prediction_rows', 'cross_validate', 'settings_of', 'train', 'predict_slices',
            'save_all', 'log_model', 'show_curve']
 
@@ -191,14 +191,13 @@ def fit_scratch(model: keras.Model, train: tuple[list[Path], np.ndarray], valida
     rate = keras.optimizers.schedules.CosineDecay(settings["rate"] / 100, total - warm, warmup_target=settings["rate"], warmup_steps=warm)
     model.compile(keras.optimizers.AdamW(rate), "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
     batches = iter(training_dataset(files, labels, settings["batch"], seed, model.input_shape[1]))
-    rows, best, bar = [], None, progress(range(total), model.name)
+    rows, logs, best, bar = [], [], None, progress(range(total), model.name)
     for step in bar:
-        logs = model.train_on_batch(*next(batches), return_dict=True)
+        logs.append(model.train_on_batch(*next(batches), return_dict=True))
         if (step + 1) % steps:
             continue
-        model.reset_metrics()
         held = predict_slices(model, validation[0])
-        rows.append({"epoch": len(rows), **{k: float(v) for k, v in logs.items()}, **scores(held, validation[1])})
+        rows.append({"epoch": len(rows), **mean_of(logs[-steps:]), **scores(held, validation[1])})
         bar.set_postfix({k: f"{rows[-1][k]:.3f}" for k in ("loss", "val_loss")})
         if rows[-1]["val_loss"] <= min(row["val_loss"] for row in rows):
             best = model.get_weights()
@@ -207,6 +206,11 @@ def fit_scratch(model: keras.Model, train: tuple[list[Path], np.ndarray], valida
         raise StudyError(f"the loss of {model.name} became infinite: lower train.rate from {settings['rate']}")
     model.set_weights(best)
     return curve
+
+
+def mean_of(logs: list[dict]) -> dict[str, float]:
+    "The means of the batches' loss and accuracy"
+    return {k: float(np.mean([log[k] for log in logs])) for k in ("loss", "accuracy")}
 
 
 def scores(p: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -291,11 +295,9 @@ class Head:
         weight = (len(labels) / self.classes / counts)[labels].astype("float32")
         for epoch in range(self.settings["epochs"]):
             mixed = order.permutation(len(labels))
-            self.model.reset_metrics()
-            for start in range(0, len(mixed), batch):
-                part = mixed[start:start + batch]
-                logs = self.model.train_on_batch(features[part], labels[part], sample_weight=weight[part], return_dict=True)
-            row = {"epoch": epoch, **{k: float(v) for k, v in logs.items()}}
+            parts = [mixed[start:start + batch] for start in range(0, len(mixed), batch)]
+            row = {"epoch": epoch, **mean_of([self.model.train_on_batch(features[part], labels[part], sample_weight=weight[part], return_dict=True)
+                                              for part in parts])}
             if validation is not None:
                 row |= scores(self.predict(validation[0]), validation[1])
             rows.append(row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import shutil
 import warnings
 import zipfile
@@ -126,7 +127,8 @@ def build_model(backbone: keras.Model, network: Network, prepared: int, classes:
 
 
 def save_model(model: keras.Model, path: Path) -> None:
-    "Save `model` to `path` (.keras) atomically and without the date, so that the same weights give the same bytes"
+    """Save `model` to `path` (.keras) atomically, without the date and with Keras' shared_object_id, a memory address,
+    replaced by a count, so that the same weights give the same bytes in every process."""
     with atomic(path) as temporary:
         dated = temporary.with_suffix(".dated.keras")
         model.save(dated)
@@ -135,6 +137,9 @@ def save_model(model: keras.Model, path: Path) -> None:
                 data = source.read(entry)
                 if entry.filename == "metadata.json":
                     data = json.dumps({k: v for k, v in json.loads(data).items() if k != "date_saved"}).encode()
+                if entry.filename == "config.json":
+                    counts: dict[bytes, int] = {}
+                    data = re.sub(rb'("shared_object_id": )(\d+)', lambda m: m[1] + b"%d" % counts.setdefault(m[2], len(counts)), data)  # noqa: B023
                 target.writestr(zipfile.ZipInfo(entry.filename), data)
 
 

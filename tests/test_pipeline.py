@@ -138,7 +138,7 @@ def test_kill_9_then_repro(project, stage):
     for line in running.stdout:
         if line.startswith(">"):
             break
-    time.sleep(4)
+    time.sleep(2.5)
     assert running.poll() is None, "the stage ended before it could be killed"
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()

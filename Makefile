@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := true
 export DO_NOT_TRACK := 1
 export SE_AVOID_STATS := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export TF_CPP_MIN_LOG_LEVEL := 2
+export TF_CPP_MIN_LOG_LEVEL := 3
 export PYTHONHASHSEED := 0
 unexport PYTHONPATH PYTHONHOME
 

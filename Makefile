@@ -25,7 +25,7 @@ study: .venv/.ready ## data, networks, tables, figures, report and a served mode
 	@deeptumornet check
 	@dvc repro
 
-test: .venv/.ready ## ruff, the nbdev gates, nbval, pytest with a smoke dvc repro
+test: .venv/.extras ## ruff, the nbdev gates, nbval, pytest with a smoke dvc repro
 	@tests/run
 
 mlflow: .venv/.ready ## every run, in the browser
@@ -38,8 +38,10 @@ serve: .venv/.ready ## the champion as a web page and a REST service
 	@flask --app deeptumornet.serving run
 
 lock: .venv/.ready ## resolve the dependencies of pyproject.toml anew
-	@uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \
+	@uv pip compile --quiet --universal --python-version 3.11 --extra study --extra test --generate-hashes \
 	  --no-emit-index-url --no-header --upgrade pyproject.toml -o requirements.lock
+	@uv pip compile --quiet --universal --python-version 3.11 --extra nih --generate-hashes \
+	  --no-emit-index-url --no-header --upgrade -c requirements.lock pyproject.toml -o requirements-extras.lock
 
 clean: ## remove the environment and what a smoke run left
 	@rm -rf .venv .smoke
@@ -58,3 +60,8 @@ clean: ## remove the environment and what a smoke run left
 	  python -m pip install --quiet --require-hashes -r requirements.lock
 	@uv pip install --quiet --no-deps --no-build-isolation --offline --editable .
 	@touch .venv/.ready
+
+# What the study does not need but its tests do: the index of the NIH's archive, half a gigabyte.
+.venv/.extras: .venv/.ready requirements-extras.lock
+	@uv pip install --quiet --no-config --no-deps --require-hashes -r requirements-extras.lock
+	@touch .venv/.extras

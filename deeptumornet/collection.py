@@ -6,22 +6,31 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import os
+import re
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from defusedxml import ElementTree
 from PIL import Image
 
-from .dicom import pseudonym, window, write_dicom
+from .archives import Remote, Spoiled, extract, is_archive, list_objects, persist, wrong_object, wrong_series
+from .dicom import LUNG_WINDOW, Header, deidentify, describe, is_dicom, pseudonym, window, write_dicom
 from .phantom import draw_patient, slice_hu
-from .study import Study, StudyError, atomic, progress, sha256, write_csv
+from .study import Study, StudyError, atomic, progress, sha256, write_csv, write_json
 
 # %% auto #0
-__all__ = ['KAGGLE', 'phantoms', 'copy_classes', 'kaggle', 'catalogue', 'collect']
+__all__ = ['KAGGLE', 'LETTERS', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'phantoms', 'class_rows', 'csv_rows', 'local_rows', 'kaggle',
+           'patient_patterns', 'choose_series', 'tumour_slices', 'series_rows', 'tcia', 'idc_series', 'nih', 'store',
+           'catalogue', 'collect']
 
 # %% ../nbs/01_collection.ipynb #c007
 def _write_patient(number: int, folder: Path, classes: tuple[str, str], slices: int, seed: int) -> list[dict]:
@@ -79,84 +88,392 @@ def phantoms(folder: Path, classes: tuple[str, str], patients: int, slices: int,
     pd.DataFrame(rows + _plant(folder, rows)).to_csv(folder / "labels.csv", index=False)
 
 # %% ../nbs/01_collection.ipynb #c009
-def copy_classes(source: Path, folder: Path, patterns: dict[str, str]) -> None:
-    """Copy the files of each class's sub-folder of `source` to `folder/<class>/`, sub-folders included.
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
-    `patterns` maps each class to the pattern of its sub-folder's name. Raises StudyError where `source` is missing or
-    a class has no file."""
-    if not source.is_dir():
-        raise StudyError(f"collect.source {str(source)!r} is neither a known source (phantom, kaggle) nor a folder: correct it in params.yaml")
-    present = sorted(p.name for p in source.iterdir() if p.is_dir())
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name.lower(), pattern.lower())
+
+
+def _holds_classes(folder: Path, patterns: dict[str, str]) -> bool:
+    return any(_matches(p.name, pattern) for p in _folders(folder) for pattern in patterns.values())
+
+
+def _parts(source: Path, patterns: dict[str, str]) -> dict[str, Path]:
+    "The folders that hold the classes' sub-folders, by the prefix of their files: `source` or, below it, one or several parts"
+    folders = _folders(source)
+    if _holds_classes(source, patterns):
+        return {"": source}
+    if any(_holds_classes(p, patterns) for p in folders):
+        parts = [p for p in folders if _folders(p)]
+        return {f"{p.name}_" if len(parts) > 1 else "": p for p in parts}
+    return _parts(folders[0], patterns) if len(folders) == 1 else {"": source}
+
+
+def class_rows(source: Path, patterns: dict[str, str]) -> list[dict]:
+    """A row {file, path, label} for each file in the sub-folders of `source` that match a class's pattern.
+
+    Raises StudyError where a class has no file, a sub-folder is of two classes, or two files of a class have one name."""
+    rows, taken = [], {}
+    for prefix, part in _parts(source, patterns).items():
+        present = _folders(part)
+        for label, pattern in patterns.items():
+            folders = [p for p in present if _matches(p.name, pattern)]
+            found = [(p, folder) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
+            if not found:
+                names = ", ".join(p.name for p in present) or "none"
+                raise StudyError(f"class {label!r} has no file in {part} (sub-folders matching {pattern!r}; there are {names}): "
+                                 "put slices there, or name its sub-folder in collect.folders")
+            for file, folder in found:
+                if (other := taken.setdefault(folder, label)) != label:
+                    raise StudyError(f"sub-folder {folder} matches both {other!r} and {label!r}: narrow the patterns in collect.folders")
+                rows.append({"file": file, "path": f"{label}/{prefix}{file.relative_to(folder).as_posix()}", "label": label})
+    return rows
+
+
+def csv_rows(path: Path, patterns: dict[str, str]) -> list[dict]:
+    """A row {file, path, label, patient_id} for each line of a CSV with columns path (relative to the CSV), label and, at will,
+    patient_id; lines of other labels are left out. Raises StudyError that names the line for a file that is missing, named
+    twice or outside the CSV's folder, and where a class has no line."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise StudyError(f"{path} cannot be read as CSV ({' '.join(str(error).split())[:100]}): correct it") from error
+    if missing := {"path", "label"} - set(table.columns):
+        raise StudyError(f"{path} has no column {' and '.join(sorted(missing))}, only {', '.join(table.columns)}: its first line "
+                         "must be path,label or path,label,patient_id")
+    rows, seen = [], set()
+    for number, line in enumerate(table.to_dict("records"), start=2):
+        label = next((label for label, pattern in patterns.items() if _matches(line["label"], pattern)), None)
+        place = os.path.normpath(line["path"])
+        if label is None:
+            continue
+        if os.path.isabs(place) or place.startswith(".."):
+            raise StudyError(f"{path}, line {number}: {line['path']} lies outside the folder of the CSV; put the CSV above all its files")
+        if not (path.parent / place).is_file():
+            raise StudyError(f"{path}, line {number}: there is no file {line['path']}; correct the line or take it out")
+        if place in seen:
+            raise StudyError(f"{path}, line {number}: {line['path']} is named a second time; take one of the lines out")
+        seen.add(place)
+        rows.append({"file": path.parent / place, "path": f"{label}/{Path(place).as_posix()}", "label": label,
+                     "patient_id": line.get("patient_id", "")})
     for label, pattern in patterns.items():
-        names = [name for name in present if fnmatch.fnmatch(name.lower(), pattern.lower())]
-        files = [p for name in names for p in sorted((source / name).rglob("*")) if p.is_file()]
-        if not files:
-            raise StudyError(f"class {label!r} has no file in {source} (sub-folders matching {pattern!r}; there are "
-                             f"{', '.join(present) or 'none'}): put slices there, or name its sub-folder in collect.folders")
-        for path in progress(files, f"copy {label}"):
-            target = folder / label / path.relative_to(source / path.relative_to(source).parts[0])
-            if target.exists():
-                raise StudyError(f"two files of class {label!r} have the name {target.name}: rename one in {source}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        if all(row["label"] != label for row in rows):
+            raise StudyError(f"class {label!r} has no line in {path} (labels matching {pattern!r}; there are "
+                             f"{', '.join(sorted(set(table['label']))) or 'none'}): add some, or name its label in collect.folders")
+    return rows
+
+
+def local_rows(source: Path, patterns: dict[str, str], scratch: Path) -> list[dict]:
+    "The rows of a folder, a CSV, or an archive of either, unpacked to `scratch`. Raises StudyError for anything else"
+    if source.is_file() and source.suffix.lower() == ".csv":
+        return csv_rows(source, patterns)
+    if source.is_file() and is_archive(source):
+        extract(source, scratch)
+        try:
+            return local_rows(scratch, patterns, scratch)
+        except StudyError as error:
+            raise StudyError(str(error).replace(str(scratch), str(source))) from error
+    if not source.is_dir():
+        raise StudyError(f"collect.source {str(source)!r} is neither a known source (phantom, kaggle, tcia, nih) nor a folder, a CSV, "
+                         "or a whole zip or tar archive: correct it in params.yaml")
+    tables = [p for folder in (source, *_folders(source)) for p in sorted(folder.glob("*.csv"))]
+    if len(tables) == 1 and not any(_holds_classes(part, patterns) for part in _parts(source, patterns).values()):
+        return csv_rows(tables[0], patterns)
+    return class_rows(source, patterns)
 
 # %% ../nbs/01_collection.ipynb #c011
-KAGGLE = "mohamedhanyyy/chest-ctscan-images"
+KAGGLE = "mohamedhanyyy/chest-ctscan-images/versions/1"
 
 
-def kaggle(folder: Path, patterns: dict[str, str]) -> None:
-    "Download the Kaggle data set and copy the slices of our classes to `folder/<class>/<part>_<name>`"
+def kaggle(cache: Path) -> Path:
+    "The folder of the Kaggle data set, fetched to `cache` where it is not there yet. Raises StudyError where it cannot be had"
     import kagglehub
 
+    def once() -> Path:
+        try:
+            return Path(kagglehub.dataset_download(KAGGLE))
+        except OSError:  # also what requests raises
+            raise
+        except Exception as error:
+            for left in cache.rglob("*.archive"):
+                left.unlink()
+            raise Spoiled(f"{type(error).__name__}: {' '.join(str(error).split())[:80]}") from error
+
+    before = os.environ.get("KAGGLEHUB_CACHE")
+    os.environ["KAGGLEHUB_CACHE"] = str(cache)
     try:
-        home = Path(kagglehub.dataset_download(KAGGLE)) / "Data"
-    except Exception as error:
-        raise StudyError(f"Kaggle's data set {KAGGLE} cannot be had ({type(error).__name__}): connect to the network, or download it "
-                         "elsewhere and name its Data/train folder in collect.source") from error
-    for part in sorted(p for p in home.iterdir() if p.is_dir()):
-        with atomic(folder / f".{part.name}") as part_folder:
-            copy_classes(part, part_folder, patterns)
-        for path in sorted((folder / f".{part.name}").rglob("*")):
-            if path.is_file():
-                target = folder / path.parent.name / f"{part.name}_{path.name}"
-                target.parent.mkdir(exist_ok=True)
-                path.rename(target)
-        shutil.rmtree(folder / f".{part.name}")
+        return persist(once, f"Kaggle's data set {KAGGLE}", "put a fresh token of kaggle.com/settings into KAGGLE_API_TOKEN and run again")
+    except StudyError as error:
+        raise StudyError(f"{error}; or download it with a browser and name the archive in collect.source") from error
+    finally:
+        os.environ.pop("KAGGLEHUB_CACHE")
+        os.environ |= {"KAGGLEHUB_CACHE": before} if before else {}
 
 # %% ../nbs/01_collection.ipynb #c013
-def catalogue(folder: Path, classes: list[str], source: str, prefix: str = "data/raw") -> pd.DataFrame:
-    """One row per file under `folder/<class>/`, in the order of their paths: path (under `prefix`), source, label,
-    patient_id and series_id (salted hashes, empty where unknown), slice_index, sha256_file, planted."""
+LETTERS = {"adeno": "A", "smallcell": "B", "largecell": "E", "squamous": "G"}
+"The diagnosis in a patient's name, after Li et al. 2020, Lung-PET-CT-Dx, doi:10.7937/TCIA.2020.NNC20461"
+MONITORING = 10
+"A series of fewer slices is a localizer or a monitoring scan: a patient's others come first"
+
+
+def _is_lung_dx(collection: str) -> bool:
+    return collection.lower().replace("-", "_") == "lung_pet_ct_dx"
+
+
+def patient_patterns(classes: list[str], folders: dict[str, str], collection: str) -> dict[str, str]:
+    "The pattern of each class's patients: from `folders`, else by the diagnosis letter of Lung-PET-CT-Dx, else the class itself"
+    def letter(label: str) -> str:
+        plain = re.sub("[^a-z]", "", label.lower())
+        known = [f"Lung_Dx-{letter}*" for stem, letter in LETTERS.items() if plain.startswith(stem)]
+        return known[0] if known and _is_lung_dx(collection) else label
+    return {label: folders.get(label) or letter(label) for label in classes}
+
+
+def choose_series(series: pd.DataFrame, patterns: dict[str, str], most: int | None, seed: int, collection: str) -> pd.DataFrame:
+    """The rows of `series` (columns patient, series, count, one row a series) that belong to a class, with its `label`; at most
+    `most` of each class. Raises StudyError where a class has none, or a patient belongs to two."""
+    series = series.assign(label="", order=[hashlib.sha256(f"{seed} {uid}".encode()).hexdigest() for uid in series["series"]])
+    for label, pattern in patterns.items():
+        belongs = series["patient"].map(lambda patient, pattern=pattern: _matches(patient, pattern)).astype(bool)
+        if not belongs.any():
+            known = ", ".join(sorted(set(series["patient"]))[:3]) or "none"
+            raise StudyError(f"class {label!r} has no CT series in {collection} (patients matching {pattern!r}; there are {known}, ...): "
+                             "name a pattern of its patients in collect.folders, or take another class")
+        if (twice := series.loc[belongs & (series["label"] != ""), ["patient", "label"]]).size:
+            raise StudyError(f"patient {twice['patient'].iloc[0]} of {collection} matches both {twice['label'].iloc[0]!r} and {label!r}: "
+                             "narrow the patterns in collect.folders")
+        series.loc[belongs, "label"] = label
+    series = series[series["label"] != ""].assign(few=series["count"] < MONITORING).sort_values(["few", "order"])
+    series["turn"] = series.groupby("patient").cumcount()
+    series = series.sort_values(["few", "turn", "order"])
+    return (series.groupby("label").head(most) if most else series).sort_values(["label", "patient", "series"], ignore_index=True)
+
+# %% ../nbs/01_collection.ipynb #c017
+BOXES = "https://wiki.cancerimagingarchive.net/download/attachments/70224216/Lung-PET-CT-Dx-Annotations-XML-Files-rev12222020.zip"
+
+
+def _broken_zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"a damaged {name}" if (name := archive.testzip()) else ""
+    except Exception as error:
+        return f"no zip, {type(error).__name__}"
+
+
+def tumour_slices(annotations: str | None, collection: str, root: Path, cache: Path, scratch: Path) -> set[str] | None:
+    """The SOP instance UIDs of slices with a tumour box; None where all slices are to be taken.
+
+    `annotations` is a folder, a zip, an address or none; where it is not given, Lung-PET-CT-Dx's own are fetched to `cache`."""
+    annotations = annotations or (BOXES if _is_lung_dx(collection) else "none")
+    if annotations == "none":
+        return None
+    place = (root / annotations).resolve()
+    if annotations.startswith(("http://", "https://")):
+        address, _, name = annotations.rpartition("/")
+        try:
+            place = Remote(address, address, "they need an account").download(name, cache / "annotations.zip", _broken_zip)
+        except StudyError as error:
+            raise StudyError(f"{error}; or download the annotations of {collection} from cancerimagingarchive.net and name the zip in "
+                             "collect.annotations, or write none there to take all slices") from error
+    if place.is_file():
+        extract(place, scratch / "annotations")
+        place = scratch / "annotations"
+    boxes = set()
+    for path in sorted(place.rglob("*.xml")):
+        try:
+            if ElementTree.parse(path).find("object/bndbox") is not None:
+                boxes.add(path.stem)
+        except Exception as error:
+            raise StudyError(f"annotation {path} cannot be read as XML ({type(error).__name__}): fetch it again") from error
+    if not boxes:
+        raise StudyError(f"collect.annotations {annotations!r} holds no tumour box: name a folder or zip of PASCAL-VOC files, or none")
+    return boxes
+
+
+def series_rows(series: dict, files: Iterable[Path], boxes: set[str] | None) -> Iterator[dict]:
+    "A row for each DICOM file of a chosen `series` that `boxes` asks for, named by its pseudonyms and its number"
+    folder = f"{series['label']}/{pseudonym(series['patient'])}/{pseudonym(series['series'])}"
+    for number, file in enumerate(sorted(files)):
+        if boxes is None or describe(file, file.name).sop_uid in boxes:
+            yield {"file": file, "path": f"{folder}/{number:04d}.dcm", "label": series["label"], "licence": series["licence"]}
+
+# %% ../nbs/01_collection.ipynb #c019
+TCIA = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
+
+
+def _series_table(answer: bytes) -> pd.DataFrame:
+    try:
+        found = [(s["PatientID"], s["SeriesInstanceUID"], int(s["ImageCount"]), s.get("LicenseName") or "")
+                 for s in json.loads(answer or b"[]") if s["Modality"] == "CT" and re.fullmatch(r"[\d.]+", s["SeriesInstanceUID"])]
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a list of series") from error
+    return pd.DataFrame(found, columns=["patient", "series", "count", "licence"])
+
+
+def tcia(collection: str, study: Study, cache: Path, scratch: Path) -> Iterator[dict]:
+    "A row for each chosen slice of a TCIA `collection`, its series fetched to `cache` one by one. Raises StudyError as `persist` does"
+    settings = study["collect"]
+    remote = Remote("The Cancer Imaging Archive", os.environ.get("DEEPTUMORNET_TCIA_URL", TCIA),
+                    "the collection needs a token, or yours has expired; fetch one as TCIA's REST guide says and put it into "
+                    "DEEPTUMORNET_TCIA_TOKEN", os.environ.get("DEEPTUMORNET_TCIA_TOKEN", ""))
+    series = remote.read("getSeries", _series_table, Collection=collection, Modality="CT", format="json")
+    patterns = patient_patterns(study.classes, settings.get("folders", {}), collection)
+    chosen = choose_series(series, patterns, settings.get("series"), study.seed, collection)
+    boxes = tumour_slices(settings.get("annotations"), collection, study.root, cache, scratch)
+    for row in progress(chosen.to_dict("records"), "series"):
+        archive = remote.download("getImageWithMD5Hash", cache / f"{row['series']}.zip", partial(wrong_series, count=row["count"]),
+                                  SeriesInstanceUID=row["series"])
+        extract(archive, scratch / row["series"])
+        yield from series_rows(row, (scratch / row["series"]).rglob("*.dcm"), boxes)
+        shutil.rmtree(scratch / row["series"])
+
+# %% ../nbs/01_collection.ipynb #c021
+S3 = "https://s3.amazonaws.com"
+
+
+def idc_series(collection: str) -> pd.DataFrame:
+    """The CT series of a `collection` in the index: patient, series, count, licence, bucket and prefix (a folder in the bucket).
+
+    Raises StudyError where the package is missing or does not know the collection."""
+    try:
+        from idc_index_data import IDC_INDEX_PARQUET_FILEPATH
+    except ImportError as error:
+        raise StudyError("collect.source nih needs the package idc-index: install it by `pip install idc-index`") from error
+    columns = {"PatientID": "patient", "SeriesInstanceUID": "series", "instanceCount": "count", "license_short_name": "licence"}
+    wanted = [("collection_id", "==", collection), ("Modality", "==", "CT"), ("sop_class_name", "==", "CT Image Storage")]
+    index = pd.read_parquet(IDC_INDEX_PARQUET_FILEPATH, columns=[*columns, "series_aws_url"], filters=wanted).rename(columns=columns)
+    if index.empty:
+        raise StudyError(f"collect.source nih:{collection}: the index has no CT series of that collection; choose another, such as "
+                         "lung_pet_ct_dx, nlst, nsclc_radiomics or lidc_idri")
+    address = index.pop("series_aws_url").str.extract(r"s3://(?P<bucket>[^/]+)/(?P<prefix>[^/]+)/")
+    return pd.concat([index, address], axis=1).astype({"count": int})
+
+
+def nih(collection: str, study: Study, cache: Path, scratch: Path) -> Iterator[dict]:
+    "A row for each chosen slice of an IDC `collection`, fetched to `cache`. Raises StudyError as `persist` does"
+    settings = study["collect"]
+    patterns = patient_patterns(study.classes, settings.get("folders", {}), collection)
+    chosen = choose_series(idc_series(collection), patterns, settings.get("series"), study.seed, collection)
+    boxes = tumour_slices(settings.get("annotations"), collection, study.root, cache, scratch)
+    remote = Remote("the Imaging Data Commons", os.environ.get("DEEPTUMORNET_IDC_URL", S3),
+                    "the series has moved; get the newest index by `pip install --upgrade idc-index`")
+
+    def fetch(found: tuple[str, int, str], bucket: str) -> Path:
+        key, size, etag = found
+        return remote.download(f"{bucket}/{key}", cache / key, partial(wrong_object, size=size, etag=etag))
+
+    with ThreadPoolExecutor(8) as pool:
+        for row in progress(chosen.to_dict("records"), "series"):
+            found = [o for o in list_objects(remote, row["bucket"], f"{row['prefix']}/") if re.fullmatch(r"[\w-]+/[\w-]+\.dcm", o[0])]
+            if len(found) != row["count"]:
+                raise StudyError(f"the Imaging Data Commons has {len(found)} slices of series {row['series']}, its index {row['count']}: "
+                                 "get the newest index by `pip install --upgrade idc-index` and run again")
+            files = list(pool.map(partial(fetch, bucket=row["bucket"]), found))
+            yield from series_rows(row, files, boxes)
+
+# %% ../nbs/01_collection.ipynb #c025
+def store(rows: Iterable[dict], folder: Path) -> dict[str, dict]:
+    """Copy the file of each row to its path under `folder`, DICOM without identifiers; what is known of each path.
+
+    A DICOM file that cannot be read leaves an empty copy and its reason, for nobody knows what it holds. Raises StudyError
+    where two files would have one path."""
+    known: dict[str, dict] = {}
+    for row in progress(rows, "copy"):
+        with open(row["file"], "rb") as file:
+            header = describe(row["file"], row["file"].name) if is_dicom(file.read(132)) else Header()
+        patient, reason = row.get("patient_id") or header.patient_id, ""
+        path = row["path"]
+        if len(patient) > 3:
+            path = f"{row['label']}/{path.partition('/')[2].replace(patient, pseudonym(patient))}"
+        if path in known:
+            raise StudyError(f"two files of class {row['label']!r} have the name {Path(path).name}: rename one, such as {row['file']}")
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if header == Header():
+            shutil.copyfile(row["file"], target)
+        else:
+            try:
+                deidentify(row["file"], target)
+            except StudyError as error:
+                if getattr(error.__cause__, "errno", None):  # the disk's fault, not the file's
+                    raise
+                reason = str(error)
+                target.write_bytes(b"")
+        known[path] = {"patient_id": patient, "series_id": header.series_id, "reason": reason, "licence": row.get("licence", "")}
+    return known
+
+# %% ../nbs/01_collection.ipynb #c027
+def _file_rows(file: Path, path: str, known: dict) -> list[dict]:
+    "The catalogue's rows of one file, one for each frame, with their position in mm (None where unknown)"
+    with open(file, "rb") as opened:
+        dicom = is_dicom(opened.read(132))
+    header = describe(file, file.name) if dicom else Header()
+    patient, series = (known.get(key) or getattr(header, key) for key in ("patient_id", "series_id"))
+    reason = known.get("reason") or header.set_aside
+    common = {"path": path, "patient_id": pseudonym(patient) if patient else "", "series_id": pseudonym(series) if series else "",
+              "slice_index": known.get("slice_index", ""), "window_center": f"{LUNG_WINDOW[0]:.0f}" if dicom else "",
+              "window_width": f"{LUNG_WINDOW[1]:.0f}" if dicom else "", "sha256_file": sha256(file), "planted": known.get("planted", ""),
+              "status": "excluded" if reason else "", "reason": reason}
+    return [common | {"frame": str(frame) if header.frames > 1 else "", "position": position}
+            for frame, position in enumerate(header.positions)]
+
+
+def catalogue(folder: Path, classes: list[str], source: str, prefix: str = "data/raw", known: dict | None = None) -> pd.DataFrame:
+    """One row per file and frame under `folder/<class>/`, in the order of their paths.
+
+    Columns: path (under `prefix`), source, label, patient_id and series_id (salted hashes, "" where unknown), slice_index (by
+    position in its series), frame ("" where there is one), window_center and window_width (HU; "" for pictures), sha256_file,
+    planted, status ("excluded" where it is set aside) and reason. `known` says what the file itself does not, by path under
+    `folder`; without it, labels.csv in `folder` does, where there is one."""
+    if known is None:
+        labels = folder / "labels.csv"
+        rows = pd.read_csv(labels, dtype=str, keep_default_na=False).to_dict("records") if labels.is_file() else []
+        known = {row["path"]: row for row in rows}
     files = sorted(p for label in classes for p in (folder / label).rglob("*") if p.is_file())
-    table = pd.DataFrame({"path": [p.relative_to(folder).as_posix() for p in files]})
-    known = pd.DataFrame(columns=["path", "patient_id", "series_id", "slice_index", "planted"])
-    if (folder / "labels.csv").is_file():
-        known = pd.read_csv(folder / "labels.csv", dtype=str, keep_default_na=False)
-    table = table.merge(known.drop(columns="label", errors="ignore"), on="path", how="left").fillna("")
-    hidden = {column: [pseudonym(v) if v else "" for v in table[column]] for column in ("patient_id", "series_id")}
-    return pd.DataFrame({
-        "path": [f"{prefix}/{p}" for p in table["path"]], "source": source, "label": [p.relative_to(folder).parts[0] for p in files],
-        **hidden, "slice_index": table["slice_index"], "sha256_file": [sha256(p) for p in progress(files, "checksums")],
-        "planted": table["planted"],
-    })
+    rows = [row | {"label": file.relative_to(folder).parts[0]} for file in progress(files, "catalogue")
+            for path in [file.relative_to(folder).as_posix()] for row in _file_rows(file, path, known.get(path, {}))]
+    count: dict[str, int] = {}
+    placed = [row for row in rows if row["series_id"] and row["position"] is not None]
+    for row in sorted(placed, key=lambda row: (row["position"], row["path"], int(row["frame"] or 0))):
+        row["slice_index"] = row["slice_index"] or str(count.get(row["series_id"], 0))
+        count[row["series_id"]] = count.get(row["series_id"], 0) + 1
+    table = pd.DataFrame(rows, columns=["path", "source", "label", "patient_id", "series_id", "slice_index", "frame", "window_center",
+                                        "window_width", "sha256_file", "planted", "status", "reason"])
+    return table.assign(path=[f"{prefix}/{path}" for path in table["path"]], source=source)
 
 
 def collect(study: Study) -> pd.DataFrame:
     "Fill data/raw from the study's source and write the catalogue; the catalogue"
     settings = study["collect"]
-    patterns = {label: settings.get("folders", {}).get(label, label) for label in study.classes}
-    source = settings["source"]
+    folders = settings.get("folders") or {}
+    patterns = {label: folders.get(label, label) for label in study.classes}
+    source, _, collection = settings["source"].partition(":")
+    cache = study.workspace / ".cache" / "downloads" / source
+    known = None
     with atomic(study.raw) as folder:
+        scratch = folder.parent / "unpacked"
         if source == "phantom":
             if len(study.classes) != 2:
                 raise StudyError(f"phantoms have two classes, params.yaml names {len(study.classes)}: take another source")
             normal = next(label for label in study.classes if label != study.positive)
             phantoms(folder, (normal, study.positive), settings["patients"], settings["slices_per_patient"], study.seed)
         elif source == "kaggle":
-            kaggle(folder, patterns)
+            known = store(class_rows(kaggle(cache), {label: f"{label}*" for label in study.classes} | folders), folder)
+        elif source == "tcia":
+            known = store(tcia(collection or "Lung-PET-CT-Dx", study, cache, scratch), folder)
+        elif source == "nih":
+            known = store(nih(collection or "lung_pet_ct_dx", study, cache, scratch), folder)
         else:
-            copy_classes((study.root / source).resolve(), folder, patterns)
+            known = store(local_rows((study.root / settings["source"]).resolve(), patterns, scratch), folder)
             source = "folder"
-    table = catalogue(study.raw, study.classes, source)
+        for label in study.classes:
+            if not (folder / label).is_dir():
+                raise StudyError(f"class {label!r} has no slice with a tumour box: raise collect.series, or write none in "
+                                 "collect.annotations")
+        write_json(folder / "provenance.json", {
+            "source": source, "collection": collection, "licences": sorted({row["licence"] for row in (known or {}).values()} - {""})})
+    table = catalogue(study.raw, study.classes, source, known=known)
     write_csv(study.catalogue, table)
     return table

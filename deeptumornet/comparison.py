@@ -23,15 +23,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from . import metrics
-from .preprocessing import readable
-from .study import Study, StudyError, atomic, progress, read_json, sha256
+from .groups import readable
+from .study import Study, StudyError, progress, read_json, sha256
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PROTOCOLS', 'BASELINES', 'WHERE', 'COLOURS', 'PUBLISHED', 'p_columns', 'read_predictions', 'is_tuned',
            'candidates', 'read_card', 'title_of', 'thumbnails', 'baselines', 'splits_of', 'baseline_predictions',
            'predict_model', 'holdout_predictions', 'choose_thresholds', 'choose_champion', 'evaluate', 'at_half',
-           'best_baseline', 'winners', 'verdict', 'wide_table', 'flat_summary', 'roc_points', 'called', 'save_figure',
-           'colours_of', 'headline', 'finding', 'number_figure', 'roc_figure', 'confusion_figure']
+           'best_baseline', 'winners', 'verdict', 'wide_table', 'flat_summary', 'roc_points', 'called', 'colours_of',
+           'headline', 'finding', 'number_figure', 'roc_figure', 'confusion_figure']
 
 # %% ../nbs/08_comparison.ipynb #c007
 COLUMNS = ("image_id", "group", "network", "protocol", "repeat", "fold", "label")
@@ -434,16 +434,6 @@ def called(predictions: pd.DataFrame, name: str, classes: Sequence[str], positiv
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PUBLISHED = 0.9706
 "Accuracy that the study this project reproduces reported"
-
-
-def save_figure(fig: Figure, study: Study, name: str) -> Path:
-    "Write `fig` as reports/<profile>/figures/<name>.png (150 dpi) and .pdf, without dates or versions; the PNG's path"
-    png = study.report("figures", f"{name}.png")
-    undated = {"CreationDate": None, "Producer": None, "Creator": None}
-    for path, metadata in ((png, {"Software": None}), (png.with_suffix(".pdf"), undated)):
-        with atomic(path) as temporary:
-            fig.savefig(temporary, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
-    return png
 
 
 def colours_of(names: Sequence[str], titles: Mapping[str, str]) -> dict[str, str]:

@@ -6,18 +6,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom import uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import get_frame
+from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
+from pydicom.uid import UID, CTImageStorage, generate_uid
 
-from .study import StudyError
+from .study import StudyError, atomic
 
 # %% auto #0
-__all__ = ['LUNG_WINDOW', 'window', 'is_dicom', 'read_dicom', 'pseudonym', 'write_dicom']
+__all__ = ['LUNG_WINDOW', 'CT', 'NOT_SLICES', 'STEEPEST', 'MOST_PIXELS', 'AIR_HU', 'KEPT', 'window', 'is_dicom', 'pseudonym',
+           'Header', 'describe', 'read_dicom', 'write_dicom', 'deidentify']
 
 # %% ../nbs/01b_dicom.ipynb #c006
 LUNG_WINDOW = (-600.0, 1500.0)
@@ -30,37 +37,231 @@ def window(hu: np.ndarray, centre: float = LUNG_WINDOW[0], width: float = LUNG_W
 
 # %% ../nbs/01b_dicom.ipynb #c010
 def is_dicom(head: bytes) -> bool:
-    "True where the first 132 bytes of a file are a DICOM preamble"
-    return head[128:132] == b"DICM"
+    "True where a file's first 132 bytes are a DICOM preamble, or the first element of a data set stored without one"
+    bare = head[:4] in (b"\2\0\0\0", b"\2\0\1\0", b"\2\0\2\0") or (head[:2] == b"\x08\0" and head[2:4] in (b"\0\0", b"\1\0", b"\5\0", b"\x08\0", b"\x16\0"))
+    return head[128:132] == b"DICM" or (bare and len(head) == 132)
 
 
-def read_dicom(source: Path | bytes, name: str) -> tuple[np.ndarray, FileDataset]:
-    """The slice in HU (float32, height × width) and its data set.
+def pseudonym(identifier: str, salt: str | None = None) -> str:
+    """A salted hash of a patient or series `identifier`, 16 hexadecimal digits: the same one for the same patient, not
+    reversible by a list. The salt is the environment's DEEPTUMORNET_SALT unless one is given."""
+    return _digest(identifier, 8, salt).hex()
 
-    `name` names the file in messages. Raises StudyError where the file cannot be read, is not CT, or holds more
-    than one frame."""
+
+def _digest(identifier: str, size: int, salt: str | None = None) -> bytes:
+    salt = os.environ.get("DEEPTUMORNET_SALT", "deeptumornet") if salt is None else salt
+    return hashlib.blake2b(identifier.encode(), key=hashlib.sha512(salt.encode()).digest() if len(salt.encode()) > 64 else salt.encode(),
+                           digest_size=size).digest()
+
+# %% ../nbs/01b_dicom.ipynb #c014
+CT = {CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage}
+NOT_SLICES = {"LOCALIZER": "a localizer", "SCREEN SAVE": "a screen capture", "PROJECTION IMAGE": "a projection"}
+"Words of Image Type (0008,0008) that tell a picture apart from a slice, PS3.3 C.8.2.1.1.1 and C.7.6.1.1.2"
+
+STEEPEST = np.cos(np.radians(30.5))
+"Cosine of the largest lean of an axial slice: gantries tilt by 30° at most"
+
+MOST_PIXELS = 64_000_000
+"The largest picture that is decoded, so that a small file cannot ask for gigabytes"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a DICOM file says of itself: `patient_id`, `series_id` and `sop_uid` in the clear (hash them before they are
+    stored), `position` of the (first) slice in mm along the normal of its plane or None, `positions` of each frame,
+    the number of `frames`, `set_aside` the reason why it is of no use or "", `burned_in` whether letters are."""
+    patient_id: str = ""
+    series_id: str = ""
+    sop_uid: str = ""
+    position: float | None = None
+    positions: tuple[float | None, ...] = (None,)
+    frames: int = 1
+    set_aside: str = ""
+    burned_in: bool = False
+
+
+def _value(data: Dataset, frame: int, sequence: str, keyword: str):
+    "The value of `keyword` for this frame: of an enhanced file in its functional groups, PS3.3 C.7.6.16, else of the data set"
+    item = _group(data, frame, sequence)
+    return (data if item is None else item).get(keyword)
+
+
+def _group(data: Dataset, frame: int, sequence: str) -> Dataset | None:
+    every = data.get("PerFrameFunctionalGroupsSequence") or []
+    for groups in [*every[frame:frame + 1], *(data.get("SharedFunctionalGroupsSequence") or [])]:
+        if groups.get(sequence):
+            return groups[sequence][0]
+    return None
+
+
+def _plane(data: Dataset, frame: int) -> tuple[np.ndarray | None, float | None]:
+    "The unit normal of the frame's plane and its position in mm along it; None where the file does not say"
+    axes = _value(data, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+    corner = _value(data, frame, "PlanePositionSequence", "ImagePositionPatient")
+    if axes is None or len(axes) != 6:
+        return None, None
+    normal = np.cross(np.array(axes[:3], float), np.array(axes[3:], float))
+    if not np.linalg.norm(normal) > 0.5:
+        return None, None
+    normal /= np.linalg.norm(normal)
+    return normal, round(float(normal @ np.array(corner, float)), 4) if corner is not None and len(corner) == 3 else None
+
+
+def _frames(data: Dataset) -> int:
+    return int(data.get("NumberOfFrames") or 1)
+
+
+def _why_not(data: Dataset, name: str) -> str:
+    "The sentence why `data` is no axial CT slice that can be used, or an empty one"
+    kind = UID(data.get("SOPClassUID") or getattr(data, "file_meta", Dataset()).get("MediaStorageSOPClassUID") or "")
+    words = " ".join(str(v) for v in [data.get("ImageType")] if v is not None).upper()
+    if kind and kind not in CT:
+        return f"{name} is of the kind {kind.name}, not a CT slice: leave it out"
+    if data.get("Modality", "CT" if kind else "") != "CT":
+        return f"{name} is a picture of modality {data.get('Modality') or 'unknown'}, not CT: leave it out"
+    for word, what in NOT_SLICES.items():
+        if word in words:
+            return f"{name} is {what}, not a slice: leave it out"
+    normal, _ = _plane(data, 0)
+    if normal is not None and abs(normal[2]) < STEEPEST:
+        return f"{name} is not an axial slice (its plane leans by {np.degrees(np.arccos(min(1, abs(normal[2])))):.0f}°): leave it out"
+    if data.get("SamplesPerPixel", 1) != 1 or not str(data.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME"):
+        return f"{name} is a colour picture, not a CT slice: leave it out"
+    if data.get("BurnedInAnnotation") == "YES":
+        return f"{name} has annotations burned into its pixels, which may name the patient: leave it out, or have them removed"
+    units = _value(data, 0, "PixelValueTransformationSequence", "RescaleType") or "HU"
+    if units not in ("HU", "US"):
+        return f"{name} holds numbers of type {units}, not Hounsfield units: leave it out"
+    if "ModalityLUTSequence" not in data and None in [_value(data, 0, "PixelValueTransformationSequence", k) for k in ("RescaleSlope", "RescaleIntercept")]:
+        return f"{name} has no rescale slope and intercept, so its Hounsfield units are unknown: leave it out"
+    return ""
+
+
+def _unreadable(name: str, error: Exception) -> StudyError:
+    return StudyError(f"{name} cannot be read as DICOM ({' '.join(str(error).split())[:160]}): fetch it again or leave it out")
+
+
+def _read(source: Path | bytes, pixels: bool) -> FileDataset:
+    "The data set of a file, with or without its pixels"
+    with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
+        begins = is_dicom(opened.read(132))
+        opened.seek(0)
+        data = pydicom.dcmread(opened, stop_before_pixels=not pixels, force=begins)
+    if not len(data):
+        raise ValueError("it holds no element")
+    return data
+
+
+def describe(source: Path | bytes, name: str) -> Header:
+    """The header of a DICOM file, read without its pixels; `name` names it in `set_aside`. Never raises: a file that
+    cannot be read is set aside as well."""
     try:
-        data = pydicom.dcmread(BytesIO(source) if isinstance(source, bytes) else source)
-        if data.get("Modality", "CT") != "CT":
-            raise StudyError(f"{name} is a {data.Modality} picture, not CT: leave it out")
-        if int(data.get("NumberOfFrames", 1) or 1) != 1:
-            raise StudyError(f"{name} holds {data.NumberOfFrames} frames: split it into one file per slice")
-        stored = data.pixel_array
-        hu = pydicom.pixels.apply_modality_lut(stored, data).astype(np.float32)
+        data = _read(source, pixels=False)
+        frames = _frames(data)
+        positions = tuple(_plane(data, frame)[1] for frame in range(frames))
+        return Header(*(str(data.get(k) or "") for k in ("PatientID", "SeriesInstanceUID", "SOPInstanceUID")), positions[0], positions,
+                      frames, _why_not(data, name), data.get("BurnedInAnnotation") == "YES")
+    except Exception as error:
+        return Header(set_aside=str(_unreadable(name, error)))
+
+# %% ../nbs/01b_dicom.ipynb #c016
+AIR_HU = -1024.0
+"What padding becomes, in HU: below the lung window"
+
+
+def _padding(data: Dataset, stored: np.ndarray) -> np.ndarray:
+    "True where `stored` is padding: PixelPaddingValue, or from there to PixelPaddingRangeLimit, PS3.3 C.7.5.1.1.2"
+    ends = [int(v) for v in (data.get("PixelPaddingValue"), data.get("PixelPaddingRangeLimit")) if v is not None]
+    if data.get("PixelPaddingValue") is None:
+        return np.zeros(stored.shape, bool)
+    if data.get("PixelRepresentation") == 1:  # some files give a signed value as an unsigned number
+        ends = [v - 65536 if v > 32767 else v for v in ends]
+    return (stored >= min(ends)) & (stored <= max(ends))
+
+
+def _decoder(syntax: UID, name: str) -> str:
+    """Who decodes `syntax`: GDCM where it can, whatever else is installed, so that all machines read the same pixels; ""
+    leaves it to pydicom. Raises StudyError where nothing installed can."""
+    try:
+        decoder = get_decoder(syntax)
+        if decoder.is_available:
+            return "gdcm" if "gdcm" in decoder.available_plugins else ""
+        gdcm = syntax in {*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, uid.JPEG2000, uid.JPEG2000Lossless}
+        remedy = f"install the package {'python-gdcm' if gdcm else 'pylibjpeg-openjpeg'}"
+    except NotImplementedError:
+        remedy = "convert it to an uncompressed one"
+    raise StudyError(f"{name} is compressed as {syntax.name}, for which no decoder is installed: {remedy}")
+
+
+def _stream(frame: bytes) -> tuple[int, int, int, int]:
+    """Rows, columns, components and bits as a compressed frame states them: JPEG (ITU-T T.81, B.2.2) and JPEG-LS in their
+    frame header, JPEG 2000 in its SIZ segment (ITU-T T.800, A.5.1). Raises ValueError where there is none."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if start >= 0 and len(frame) >= start + 43:
+        right, bottom, left, top = struct.unpack(">4I", frame[start + 8:start + 24])
+        return bottom - top, right - left, struct.unpack(">H", frame[start + 40:start + 42])[0], (frame[start + 42] & 127) + 1
+    at = 2
+    while at + 10 <= len(frame) and frame[at] == 0xFF:
+        length = struct.unpack(">H", frame[at + 2:at + 4])[0]
+        if 0xC0 <= frame[at + 1] <= 0xCF and frame[at + 1] not in (0xC4, 0xC8, 0xCC) or frame[at + 1] == 0xF7:
+            bits, rows, columns, components = struct.unpack(">BHHB", frame[at + 4:at + 10])
+            return rows, columns, components, bits
+        at += 2 + length
+    raise ValueError("its compressed picture has no header")
+
+
+def _stored(source: Path | bytes, data: FileDataset, frame: int, name: str) -> np.ndarray:
+    """The stored numbers of one frame (integers, height × width); of an uncompressed file the others are not read.
+
+    A damaged frame can make a decoder written in C write beyond its buffer, so what the frame says of its size is held
+    against what the data set says, first."""
+    syntax = data.file_meta.get("TransferSyntaxUID")
+    if syntax and not syntax.is_encapsulated and not syntax.is_deflated:
+        return pixel_array(BytesIO(source) if isinstance(source, bytes) else source, index=frame)
+    whole = _read(source, pixels=True)
+    whole.file_meta.TransferSyntaxUID = syntax = syntax or _native(whole)
+    plugin = _decoder(syntax, name)
+    if plugin == "gdcm":
+        tables = (whole.ExtendedOffsetTable, whole.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in whole else None
+        rows, columns, components, bits = _stream(get_frame(whole.PixelData, frame, number_of_frames=_frames(whole), extended_offsets=tables))
+        if (rows, columns, components) != (whole.Rows, whole.Columns, 1) or not 1 <= bits <= min(16, whole.BitsAllocated):
+            raise ValueError(f"its compressed picture is {columns}×{rows}×{components} of {bits} bits, which its header contradicts")
+    return pixel_array(whole, index=frame, decoding_plugin=plugin)
+
+
+def _native(data: FileDataset) -> UID:
+    "The uncompressed transfer syntax in which `data` was found to be stored"
+    implicit, little = data.original_encoding
+    return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+
+
+def read_dicom(source: Path | bytes, name: str, frame: int | None = None) -> tuple[np.ndarray, FileDataset]:
+    """A slice in HU (float32, height × width; padding is -1024) and its data set without pixels.
+
+    `frame` counts from 0 and is needed for a file of several; `name` names the file in messages. Raises StudyError
+    where the file cannot be read or decoded, or is not an axial CT slice (see `describe`)."""
+    try:
+        data = _read(source, pixels=False)
+        if reason := _why_not(data, name):
+            raise StudyError(reason)
+        if frame is None and _frames(data) != 1:
+            raise StudyError(f"{name} holds {_frames(data)} frames: name one, or split it into one file per slice")
+        if not 0 <= (frame or 0) < _frames(data):
+            raise StudyError(f"{name} holds {_frames(data)} frames, counted from 0, and none is number {frame}: leave it out")
+        if data.Rows * data.Columns > MOST_PIXELS:
+            raise StudyError(f"{name} has {data.Columns}×{data.Rows} pixels, too many for a CT slice ({MOST_PIXELS:,} at most): leave it out")
+        stored = _stored(source, data, frame or 0, name)
+        hu = apply_modality_lut(stored, _group(data, frame or 0, "PixelValueTransformationSequence") or data).astype(np.float32)
+        hu[_padding(data, stored)] = AIR_HU
     except StudyError:
         raise
     except Exception as error:
-        raise StudyError(f"{name} cannot be read as DICOM ({' '.join(str(error).split())[:120]}): fetch it again or leave it out") from error
-    if stored.ndim != 2:
-        raise StudyError(f"{name} is a colour picture, not a CT slice: leave it out")
-    return (-hu if data.get("PhotometricInterpretation") == "MONOCHROME1" else hu), data
+        raise _unreadable(name, error) from error
+    if not np.isfinite(hu).all():
+        raise StudyError(f"{name} has no finite Hounsfield units: fetch it again or leave it out")
+    return hu, data
 
-
-def pseudonym(identifier: str, salt: str = "deeptumornet") -> str:
-    "A salted hash of a patient or series `identifier`, 16 hexadecimal digits: the same one for the same patient, not reversible by a list"
-    return hashlib.blake2b(identifier.encode(), key=salt.encode()[:64], digest_size=8).hexdigest()
-
-# %% ../nbs/01b_dicom.ipynb #c012
+# %% ../nbs/01b_dicom.ipynb #c018
 def write_dicom(path: Path, hu: np.ndarray, patient: str, position: float, pixel: float, series: str) -> None:
     """Write `hu` (float32, height × width) as an uncompressed 16-bit CT slice at `position` mm with `pixel` mm spacing.
 
@@ -68,7 +269,7 @@ def write_dicom(path: Path, hu: np.ndarray, patient: str, position: float, pixel
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[series, f"{position:.3f}"])
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     data = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     data.Modality, data.PatientID, data.PatientName = "CT", patient, patient
@@ -83,3 +284,62 @@ def write_dicom(path: Path, hu: np.ndarray, patient: str, position: float, pixel
     data.RescaleSlope, data.RescaleIntercept, data.RescaleType = 1, -1024, "HU"
     data.PixelData = np.round(hu + 1024).astype("<i2").tobytes()
     data.save_as(path, enforce_file_format=True)
+
+# %% ../nbs/01b_dicom.ipynb #c028
+KEPT = set("""
+SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality Manufacturer ManufacturerModelName BodyPartExamined
+SliceThickness SpacingBetweenSlices KVP DataCollectionDiameter ReconstructionDiameter GantryDetectorTilt ExposureTime
+XRayTubeCurrent Exposure FilterType ConvolutionKernel PatientPosition SpiralPitchFactor StudyInstanceUID
+SeriesInstanceUID SeriesNumber AcquisitionNumber InstanceNumber ImagePositionPatient ImageOrientationPatient
+FrameOfReferenceUID SliceLocation SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PlanePositionSequence
+PlaneOrientationSequence PixelMeasuresSequence PixelValueTransformationSequence FrameVOILUTSequence
+CTImageFrameTypeSequence FrameType FrameContentSequence StackID InStackPositionNumber DimensionIndexValues
+ModalityLUTSequence LUTDescriptor LUTData ModalityLUTType PixelData FloatPixelData DoubleFloatPixelData
+ExtendedOffsetTable ExtendedOffsetTableLengths NumberOfFrames SamplesPerPixel PhotometricInterpretation
+PlanarConfiguration Rows Columns PixelSpacing BitsAllocated BitsStored HighBit PixelRepresentation
+SmallestImagePixelValue LargestImagePixelValue PixelPaddingValue PixelPaddingRangeLimit BurnedInAnnotation WindowCenter
+WindowWidth RescaleSlope RescaleIntercept RescaleType LossyImageCompression LossyImageCompressionRatio
+LossyImageCompressionMethod""".split())
+"The attributes that `deidentify` keeps; those that identify are among them only as UIDs, which it replaces"
+
+
+def _uid(value: str) -> str:
+    "`value` where the standard defines it, else an UID derived from its salted hash (PS3.5 B.2)"
+    return value if value.startswith("1.2.840.10008.") else f"2.25.{int.from_bytes(_digest(value, 16), 'big')}"
+
+
+def _kept(data: Dataset) -> Dataset:
+    copy = Dataset()
+    for element in data:
+        if element.keyword not in KEPT:
+            continue
+        if element.VR == "SQ":
+            element.value = [_kept(item) for item in element.value]
+        elif element.VR == "UI" and element.value:
+            element.value = _uid(str(element.value))
+        copy.add(element)
+    return copy
+
+
+def deidentify(path: Path, target: Path) -> None:
+    """Write to `target` a copy of the DICOM file `path` with the same pixels, byte for byte, and no identifier in the clear.
+
+    PatientID is its `pseudonym`, UIDs are derived likewise, all that is not in `KEPT` is gone. Raises StudyError where
+    the file cannot be read."""
+    try:
+        data = _read(path, pixels=True)
+        copy = _kept(data)
+        copy.PatientID = copy.PatientName = pseudonym(str(data.get("PatientID") or "")) if data.get("PatientID") else ""
+        for keyword in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"):
+            setattr(copy, keyword, "")  # required to be there, allowed to be empty
+        copy.PatientIdentityRemoved, copy.DeidentificationMethod = "YES", "DeepTumorNet: technical attributes kept, all others removed"
+        copy.file_meta = FileMetaDataset()
+        copy.file_meta.TransferSyntaxUID = data.file_meta.get("TransferSyntaxUID") or _native(data)
+        copy.file_meta.MediaStorageSOPClassUID = copy.get("SOPClassUID") or CTImageStorage
+        copy.file_meta.MediaStorageSOPInstanceUID = copy.get("SOPInstanceUID") or _uid(str(path.name))
+        with atomic(target) as temporary:
+            copy.save_as(temporary, enforce_file_format=True)
+    except StudyError:
+        raise
+    except Exception as error:
+        raise _unreadable(path.name, error) from error

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from .preprocessing import frame, read_slice
+from .lungs import find_lungs, see
+from .preprocessing import read_slice
 from .study import Study
 
 if TYPE_CHECKING:
@@ -80,13 +81,15 @@ def pointing_game(study: Study, rows: pd.DataFrame, heat: np.ndarray) -> pd.Data
         place = row["path"].removeprefix("data/raw/")
         if place not in known.index:
             continue
-        pixels, top, left, side = frame(read_slice(study.workspace / row["path"], row["path"]).pixels, study["preprocess"]["crop"])
+        pixels = read_slice(study.workspace / row["path"], row["path"]).pixels
+        _, (top, left, side) = see(pixels, map_.shape[0], study["preprocess"]["normalise"])
         mass, size = known.loc[place], pixels.shape[0]
         reach = mass["mass_radius"] * size + side / map_.shape[0] / 2
         y, x = np.unravel_index(map_.argmax(), map_.shape)
         peak = ((y + 0.5) / map_.shape[0] * side + top, (x + 0.5) / map_.shape[1] * side + left)
         centre = (mass["mass_row"] * size, mass["mass_column"] * size)
-        rows_, columns = np.nonzero(pixels)
+        lungs = np.any(find_lungs(pixels).lungs, axis=0)
+        rows_, columns = (where * pixels.shape[k] / lungs.shape[k] for k, where in enumerate(np.nonzero(lungs)))
         chance = float((np.hypot(rows_ - centre[0], columns - centre[1]) <= reach).mean())
         found.append({"image_id": row["image_id"], "hit": bool(np.hypot(peak[0] - centre[0], peak[1] - centre[1]) <= reach), "chance": chance})
     return pd.DataFrame(found, columns=["image_id", "hit", "chance"])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .lungs import see
 from .metrics import calibrate
-from .preprocessing import prepare
 from .study import StudyError, atomic, read_json, sha256, write_json
 
 # %% auto #0
@@ -68,9 +68,10 @@ class Engine:
         interpreter = Interpreter(model_path=str(folder / self.card["engine"]), num_threads=threads)
         self._run = interpreter.get_signature_runner("serving_default")
 
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        "The prepared slice (uint8, size × size) of a read slice (uint8, height × width), as in training; StudyError without lungs"
-        return prepare(pixels, self.card["input"]["size"], self.card["input"]["crop"])
+    def prepare(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """The prepared slice (uint8, size × size) of a read slice (uint8, height × width), as in training, and the (top, left, side) of
+        its square in the slice. Raises StudyError where no lungs are found."""
+        return see(pixels, self.card["input"]["size"], self.card["input"]["normalise"])
 
     def predict(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n × classes) and heat maps (n × rows × columns, 0..1) of prepared `slices` (n × size × size)"

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+from scipy.ndimage import laplace
 
+from . import quality
+from .audit import baselines
 from .dicom import is_dicom, read_dicom, window
+from .groups import FIELD, field, group, hashes, mark_copies, split
+from .lungs import Field, find_lungs, see, standardise
 from .study import Study, StudyError, atomic, progress, write_csv
 
 # %% auto #0
-__all__ = ['SMALLEST', 'LARGEST', 'Slice', 'read_slice', 'lung_mask', 'frame', 'prepare', 'inspect', 'near_pairs', 'mark_copies',
-           'group', 'check_groups', 'group_folds', 'split', 'assert_no_leak', 'random_split', 'readable', 'preprocess',
-           'load_manifest', 'leaked_share', 'audit']
+__all__ = ['SMALLEST', 'LARGEST', 'THUMBNAIL', 'Slice', 'read_slice', 'prepare', 'inspect', 'examine', 'complete', 'preprocess',
+           'load_manifest', 'compare_normalisations']
 
 # %% ../nbs/02_preprocessing.ipynb #c007
 SMALLEST, LARGEST = 32, 64_000_000
@@ -38,10 +40,11 @@ SMALLEST, LARGEST = 32, 64_000_000
 
 @dataclass(frozen=True)
 class Slice:
-    "A decoded slice: `pixels` uint8 (height × width), and what its file said of itself"
+    "A decoded slice: `pixels` uint8 (height × width), what its file said of itself, and which pixels (bool) are coloured, if any"
     pixels: np.ndarray
     format: str
     mode: str
+    colour: np.ndarray | None = None
 
     @property
     def width(self) -> int: return self.pixels.shape[1]
@@ -53,14 +56,15 @@ class Slice:
         return hashlib.sha256(np.int64(self.pixels.shape).tobytes() + self.pixels.tobytes()).hexdigest()
 
 
-def read_slice(source: Path | bytes, name: str) -> Slice:
-    """The slice in a PNG, JPEG or DICOM file, given as a path or as bytes; `name` names it in messages.
+def read_slice(source: Path | bytes, name: str, frame: int = 0) -> Slice:
+    """The slice in a PNG, JPEG or DICOM file, given as a path or as bytes; `name` names it in messages. Of a multi-frame
+    DICOM file it is the `frame` (from 0).
 
     Grey values are kept, colours become their luminance (ITU-R 601-2), transparency is ignored, DICOM goes through
     Hounsfield units and the lung window. Raises StudyError for what is not one readable slice."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     if is_dicom(data[:132]):
-        hu, _ = read_dicom(data, name)
+        hu, _ = read_dicom(data, name, frame)
         found = Slice(window(hu), "DICOM", "HU")
     else:
         try:
@@ -75,12 +79,21 @@ def read_slice(source: Path | bytes, name: str) -> Slice:
         try:
             mode = picture.mode
             grey = picture if mode.startswith(("I", "F")) else picture.convert("RGB").convert("L") if mode == "RGBA" else picture.convert("L")
-            pixels = np.asarray(grey)
+            pixels, colour = np.asarray(grey), _coloured(picture)
         except Exception as error:
             raise StudyError(f"{name} is damaged or cut short ({' '.join(str(error).split())[:80]}): fetch it again or leave it out") from error
-        found = Slice((pixels // 256 if pixels.dtype != np.uint8 else pixels).astype(np.uint8), picture.format, mode)
+        found = Slice((pixels // 256 if pixels.dtype != np.uint8 else pixels).astype(np.uint8), picture.format, mode, colour)
     _check_size(found.width, found.height, name)
     return found
+
+
+def _coloured(picture: Image.Image) -> np.ndarray | None:
+    "True where red, green and blue differ by more than JPEG makes them; None where nowhere"
+    if picture.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"):
+        return None
+    channels = np.asarray(picture.convert("RGB"))
+    differ = channels.max(2) - channels.min(2) > 40
+    return differ if differ.any() else None
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -92,217 +105,129 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise StudyError(f"{name} has {width}×{height} pixels, too many for a CT slice ({LARGEST:,} at most): scale it down or leave it out")
 
 # %% ../nbs/02_preprocessing.ipynb #c012
-def lung_mask(pixels: np.ndarray) -> np.ndarray:
-    """True (bool, height × width) in the lungs of a uint8 slice: the air inside the body, closed over vessels and masses.
+def prepare(pixels: np.ndarray, size: int, normalise: str = "scaling") -> np.ndarray:
+    """The picture a network sees, uint8 (size × size), from a slice, uint8 (height × width), for one of `lungs.NORMALISATIONS`.
 
-    Raises StudyError where there is none, as in a slice without lungs."""
-    step = max(1, max(pixels.shape) // 128)
-    small = np.asarray(Image.fromarray(pixels).resize((pixels.shape[1] // step, pixels.shape[0] // step), Image.Resampling.BOX))
-    middle = (int(np.percentile(small, 2)) + int(np.percentile(small, 98))) // 2
-    regions, count = ndimage.label(ndimage.binary_opening(small <= middle))
-    outside = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
-    area = np.bincount(regions.ravel(), minlength=count + 1)
-    area[outside] = area[0] = 0
-    mask = np.zeros(small.shape, bool)
-    reach = max(small.shape) // 12
-    for lung in np.flatnonzero(area >= 0.01 * small.size):
-        air = np.pad(regions == lung, reach)
-        far = ndimage.distance_transform_edt(~air) <= reach
-        closed = ndimage.distance_transform_edt(far) > reach
-        mask |= ndimage.binary_fill_holes(closed | air)[reach:-reach, reach:-reach]
-    if not mask.any():
-        raise StudyError("no lung field was found: the slice is blank, cropped inside the lung, or not of the chest")
-    return np.asarray(Image.fromarray(mask).resize(pixels.shape[::-1], Image.Resampling.NEAREST))
-
-
-def frame(pixels: np.ndarray, crop: str) -> tuple[np.ndarray, int, int, int]:
-    """What `prepare` scales: the pixels (uint8, what is not lung blackened for `crop` "lungs"), and the (top, left, side)
-    of a square in them, which may reach beyond the picture. Raises StudyError where the lungs are not found."""
-    top, bottom, left, right = 0, pixels.shape[0], 0, pixels.shape[1]
-    if crop == "lungs":
-        mask = lung_mask(pixels)
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        pixels = np.where(mask, pixels, 0).astype(np.uint8)
-    side = int(max(bottom - top, right - left))
-    return pixels, int(top - (side - (bottom - top)) // 2), int(left - (side - (right - left)) // 2), side
-
-
-def prepare(pixels: np.ndarray, size: int, crop: str = "none") -> np.ndarray:
-    """The picture a network sees, uint8 (size × size), from a slice, uint8 (height × width).
-
-    `crop` is "none" or "lungs"; the square is filled with black. Raises StudyError where the lungs are not found."""
-    seen, top, left, side = frame(pixels, crop)
-    picture = Image.fromarray(seen).crop((left, top, left + side, top + side))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR))
+    Raises StudyError where "lungs" finds none."""
+    return see(pixels, size, normalise)[0]
 
 # %% ../nbs/02_preprocessing.ipynb #c016
-def inspect(path: str, workspace: Path, slices: Path, size: int, crop: str) -> dict:
-    """Read, check and prepare the file `path` of `workspace`, write the prepared slice under `slices`; its part of
-    the manifest's row, with `status` "excluded" and a `reason` where it is of no use, and its two hashes."""
-    file = workspace / path
-    row = {"image_id": "", "width": 0, "height": 0, "mode": "", "format": "", "file_bytes": file.stat().st_size, "border": 0.0,
-           "status": "excluded", "reason": "", "phash": "", "dhash": ""}
+THUMBNAIL = 16
+"Pixels a side of the thumbnails that the audit's baseline sees"
+
+
+def inspect(row: dict, root: Path, slices: Path | None, size: int, normalise: str, limits: dict) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Read, check and prepare the file of a catalogue's `row` under `root`, and write the prepared slice to `slices`, where given.
+
+    Gives the manifest's part of the row, with `status` "excluded" and a `reason` where the slice is of no use; a thumbnail (uint8, 16 × 16);
+    and the lung field (float32, 576; NaN where there is none)."""
+    path, file = row["path"], root / row["path"]
+    found_out = {"image_id": "", "width": 0, "height": 0, "mode": "", "format": "", "file_bytes": file.stat().st_size, "border": 0.0,
+                 "sharpness": 0.0, "status": "excluded", "reason": row.get("reason", ""), "flags": "", "phash": "", "dhash": ""}
+    thumbnail, lung_field = np.zeros((THUMBNAIL, THUMBNAIL), np.uint8), np.full(FIELD * FIELD, np.nan, np.float32)
+    if row.get("status") == "excluded":
+        return found_out, thumbnail, lung_field
     try:
-        found = read_slice(file, path)
-        edge = np.concatenate([found.pixels[0], found.pixels[-1], found.pixels[:, 0], found.pixels[:, -1]])
-        row |= {"image_id": found.image_id, "width": found.width, "height": found.height, "mode": found.mode,
-                "format": found.format, "border": round(float(edge.mean()), 3)}
-        if found.pixels.std() < 2:
-            raise StudyError(f"{path} is blank: leave it out")
-        Image.fromarray(prepare(found.pixels, size, crop)).save(slices / f"{found.image_id}.png")
-        whole = Image.fromarray(found.pixels)
-        row |= {"status": "kept", "phash": str(imagehash.phash(whole)), "dhash": str(imagehash.dhash(whole))}
+        found = read_slice(file, path, int(row.get("frame") or 0))
     except StudyError as error:
-        row["reason"] = str(error)
-    return row
+        return found_out | {"reason": str(error)}, thumbnail, lung_field
+    pixels = found.pixels
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    phash, dhash = hashes(pixels)
+    found_out |= {"image_id": found.image_id, "width": found.width, "height": found.height, "mode": found.mode, "format": found.format,
+                  "border": round(float(edge.mean()), 3), "sharpness": round(float(laplace(pixels.astype(np.int16)).std()), 3),
+                  "phash": phash, "dhash": dhash}
+    thumbnail = np.asarray(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+    lungs = _lungs(pixels)
+    failed = quality.failed(quality.measure(pixels, found.colour, lungs.mask() if lungs else None), limits)
+    found_out["flags"] = " ".join(failed)
+    if "blank" in failed:
+        found_out |= {"phash": "", "dhash": ""}
+    grave = [f"{path}: {why}" for check, why in failed.items() if limits[check]["action"] == "exclude"]
+    try:
+        if grave:
+            raise StudyError(grave[0])
+        seen, _ = see(pixels, size, normalise, lungs)
+        if slices:
+            Image.fromarray(seen).save(slices / f"{found.image_id}.png")
+        found_out["status"] = "kept"
+    except StudyError as error:
+        found_out["reason"] = str(error)
+    if lungs:
+        lung_field = field(standardise(pixels, _FIELD_SIZE, lungs)[0])
+    return found_out, thumbnail, lung_field
+
+
+_FIELD_SIZE = 80  # pixels a side from which a lung field is scaled down
+
+
+def _lungs(pixels: np.ndarray) -> Field | None:
+    try:
+        return find_lungs(pixels)
+    except StudyError:
+        return None
+
+
+def examine(catalogue: pd.DataFrame, root: Path, settings: dict, limits: dict, slices: Path | None = None) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """`inspect` every row of `catalogue` on all cores: the manifest without groups and splits, the thumbnails (uint8, n × 16 × 16), and the lung
+    fields (float32, n × 576; on disk, so that memory does not grow with them). `settings` has `size` and `normalise`."""
+    check = partial(inspect, root=root, slices=slices, size=settings["size"], normalise=settings["normalise"], limits=limits)
+    thumbnails = np.zeros((len(catalogue), THUMBNAIL, THUMBNAIL), np.uint8)
+    with tempfile.TemporaryFile() as scratch:
+        fields = np.memmap(scratch, np.float32, shape=(max(1, len(catalogue)), FIELD * FIELD))[:len(catalogue)]
+    found = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = iter(progress(catalogue.to_dict("records"), "slices", len(catalogue)))
+        while block := list(islice(rows, 512)):
+            for part, thumbnail, lung_field in pool.map(check, block, chunksize=16):
+                thumbnails[len(found)], fields[len(found)] = thumbnail, lung_field
+                found.append(part)
+    known = catalogue.drop(columns=["status", "reason"], errors="ignore").reset_index(drop=True)
+    return pd.concat([known, pd.DataFrame(found)], axis=1), thumbnails, fields
+
+
+def complete(manifest: pd.DataFrame, fields: np.ndarray, settings: dict) -> pd.DataFrame:
+    "The manifest with copies marked and a group for each readable row; `settings` has `hash_bits` and `correlation`"
+    grouped = manifest.assign(group=group(manifest, settings["hash_bits"], fields, settings["correlation"]))
+    return mark_copies(grouped)
 
 # %% ../nbs/02_preprocessing.ipynb #c018
-def near_pairs(phash: np.ndarray, dhash: np.ndarray, bits: int) -> np.ndarray:
-    "Index pairs (m × 2) of the uint64 hashes that differ in at most `bits` bits in both; a block of rows at a time"
-    pairs = []
-    for start in range(0, len(phash), 1024):
-        block = slice(start, start + 1024)
-        close = (np.bitwise_count(phash[block, None] ^ phash[None, :]) <= bits) & (np.bitwise_count(dhash[block, None] ^ dhash[None, :]) <= bits)
-        rows, columns = np.nonzero(close)
-        pairs.append(np.column_stack([rows + start, columns])[rows + start < columns])
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), int)
-
-
-def mark_copies(manifest: pd.DataFrame) -> pd.DataFrame:
-    "The manifest with all but the first of exact copies excluded, and all of those whose labels contradict each other"
-    table = manifest.copy()
-    kept = table[table["status"] == "kept"]
-    labels = kept.groupby("image_id")["label"].nunique()
-    for image_id, copies in kept.groupby("image_id", sort=False):
-        if labels[image_id] > 1:
-            table.loc[copies.index, "status"] = "excluded"
-            table.loc[copies.index, "reason"] = f"label conflict: the same picture is labelled {' and '.join(sorted(set(copies['label'])))}"
-        elif len(copies) > 1:
-            table.loc[copies.index[1:], "status"] = "excluded"
-            table.loc[copies.index[1:], "reason"] = f"exact copy of {copies['path'].iloc[0]}"
-    return table
-
-
-def group(manifest: pd.DataFrame, bits: int) -> pd.Series:
-    "The group of each kept row, empty for the others: its patient, or its cluster of near copies, named by its first slice"
-    kept = manifest[manifest["status"] == "kept"]
-    hashes = [np.array([int(h, 16) for h in kept[column]], np.uint64) for column in ("phash", "dhash")]
-    pairs = near_pairs(*hashes, bits)
-    patient = kept["patient_id"].to_numpy()
-    unknown = patient == ""
-    pairs = pairs[unknown[pairs[:, 0]] | unknown[pairs[:, 1]]]
-    same = pd.Series(np.arange(len(kept))).groupby(np.where(unknown, kept["image_id"], patient)).transform("first").to_numpy()
-    rows, columns = np.concatenate([pairs[:, 0], np.arange(len(kept))]), np.concatenate([pairs[:, 1], same])
-    _, component = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(kept),) * 2), directed=False)
-    names = kept["image_id"].str[:12].groupby(component).transform("first")
-    return names.reindex(manifest.index, fill_value="")
-
-# %% ../nbs/02_preprocessing.ipynb #c020
-def check_groups(table: pd.DataFrame, least: int, why: str) -> None:
-    "Raise StudyError where a class of `table` (columns label, group) has fewer than `least` groups"
-    for label, count in table.groupby("label")["group"].nunique().items():
-        if count < least:
-            raise StudyError(f"class {label!r} has {count} patient{'s' * (count != 1)} or group{'s' * (count != 1)}, and {why} needs {least}: "
-                             "add patients, or ask for fewer parts in params.yaml")
-
-
-def group_folds(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
-    "A fold 0 .. `folds`-1 for each row of `table`, stratified by label, no group in two folds; StudyError with too few groups"
-    check_groups(table, folds, f"a split into {folds} parts")
-    fold = np.empty(len(table), int)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for k, (_, part) in enumerate(splitter.split(np.zeros(len(table)), table["label"], table["group"])):
-        fold[part] = k
-    return fold
-
-
-def split(manifest: pd.DataFrame, test: float, validation: float, folds: int, seed: int) -> pd.DataFrame:
-    """The manifest with columns `split` (train, validation, test; about the shares given) and `fold` (of what is not
-    test), empty where excluded. Raises StudyError where a class has too few groups, or a group would straddle parts."""
-    table = manifest.assign(split="", fold="")
-    kept = table[table["status"] == "kept"]
-    held = group_folds(kept, round(1 / test), seed) == 0
-    table.loc[kept.index, "split"] = np.where(held, "test", "train")
-    rest = kept[~held]
-    inner = group_folds(rest, round((1 - test) / validation), seed + 1) == 0
-    table.loc[rest.index[inner], "split"] = "validation"
-    table.loc[rest.index, "fold"] = group_folds(rest, folds, seed + 2).astype(str)
-    assert_no_leak(table)
-    return table
-
-
-def assert_no_leak(manifest: pd.DataFrame) -> None:
-    "Raise StudyError where a group of the kept rows stands in two splits or two folds"
-    kept = manifest[manifest["status"] == "kept"]
-    for column in ("split", "fold"):
-        torn = kept.groupby("group")[column].nunique()
-        if (torn > 1).any():
-            raise StudyError(f"group {torn.idxmax()} stands in {torn.max()} parts of {column!r}: delete data/manifest.csv and run `dvc repro`")
-
-
-def random_split(rows: pd.DataFrame, seed: int, test: float = 0.3) -> np.ndarray:
-    "True for the test rows of a random stratified split over files, as the published study did it; copies are not kept together"
-    _, part = train_test_split(np.arange(len(rows)), test_size=test, random_state=seed, stratify=rows["label"])
-    return np.isin(np.arange(len(rows)), part)
-
-
-def readable(manifest: pd.DataFrame) -> pd.DataFrame:
-    "The rows the published protocol splits: every file that shows a slice, exact copies included"
-    return manifest[(manifest["status"] == "kept") | manifest["reason"].str.startswith("exact copy")]
-
-# %% ../nbs/02_preprocessing.ipynb #c022
-def preprocess(study: Study) -> pd.DataFrame:
-    "Write data/slices and data/manifest.csv from the catalogue; the manifest, one row per catalogue row"
+def preprocess(study: Study) -> tuple[pd.DataFrame, np.ndarray]:
+    """Write data/slices and data/manifest.csv from the catalogue: the manifest, one row per catalogue row, and the thumbnails
+    (uint8, n × 16 × 16) of its rows. Raises StudyError where a class has no slice left or too few groups."""
     settings = study["preprocess"]
     catalogue = pd.read_csv(study.catalogue, dtype=str, keep_default_na=False)
     with atomic(study.slices) as slices:
         slices.mkdir()
-        check = partial(inspect, workspace=study.workspace, slices=slices, size=settings["size"], crop=settings["crop"])
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = list(progress(pool.map(check, catalogue["path"], chunksize=16), "slices", len(catalogue)))
-    manifest = mark_copies(pd.concat([catalogue, pd.DataFrame(rows)], axis=1))
+        manifest, thumbnails, fields = examine(catalogue, study.workspace, settings, study.settings["quality"], slices)
+    manifest = complete(manifest, fields, settings)
     for label in study.classes:
         if not ((manifest["label"] == label) & (manifest["status"] == "kept")).any():
             excluded = manifest[manifest["label"] == label]["reason"]
             raise StudyError(f"class {label!r} has no readable slice left ({excluded.iloc[0] if len(excluded) else 'it has no file'}): add some")
-    manifest["group"] = group(manifest, settings["hash_bits"])
     manifest = split(manifest, settings["test"], settings["validation"], settings["folds"], study.seed)
     write_csv(study.manifest, manifest)
-    return manifest
+    return manifest, thumbnails
 
 
 def load_manifest(path: Path) -> pd.DataFrame:
     "The manifest as it was written: text columns as str with \"\" for nothing, numbers as numbers"
-    numbers = {"width": int, "height": int, "file_bytes": int, "border": float}
+    numbers = {"width": int, "height": int, "file_bytes": int, "border": float, "sharpness": float}
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table.astype({k: v for k, v in numbers.items() if k in table})
 
-# %% ../nbs/02_preprocessing.ipynb #c031
-def leaked_share(rows: pd.DataFrame, groups: pd.Series, seed: int, repeats: int = 20) -> dict:
-    """Of random 70/30 splits of `rows`: the mean share (0..1) of test files whose exact pixels, and whose group, stand
-    in the training part."""
-    exact, near = [], []
-    for repeat in range(repeats):
-        test = random_split(rows, seed + repeat)
-        exact.append(rows["image_id"][test].isin(set(rows["image_id"][~test])).mean())
-        near.append(groups[test].isin(set(groups[~test])).mean())
-    return {"same_pixels": float(np.mean(exact)), "same_group": float(np.mean(near)), "splits": repeats}
-
-
-def audit(manifest: pd.DataFrame, seed: int) -> dict:
-    "Counts per class, reasons for exclusion, and the leakage of a random split over files, as a JSON-ready dictionary"
-    rows = readable(manifest)
-    groups = rows["image_id"].map(manifest[manifest["status"] == "kept"].set_index("image_id")["group"])
-    classes = {}
-    for label, part in manifest.groupby("label"):
-        kept = part[part["status"] == "kept"]
-        classes[label] = {"n_files": len(part), "n_distinct": len(kept), "n_groups": int(kept["group"].nunique())}
-    reasons = manifest.loc[manifest["status"] == "excluded", "reason"]
-    kinds = reasons.str.extract("(exact copy|label conflict|blank|damaged|not a PNG|pixels|no lung field)")[0].fillna("other")
-    return {
-        "n_files": len(manifest), "n_distinct": int((manifest["status"] == "kept").sum()),
-        "n_groups": int(manifest.loc[manifest["status"] == "kept", "group"].nunique()), "classes": classes,
-        "excluded": {k: int(v) for k, v in kinds.value_counts().items()},
-        "planted": int((manifest["planted"] != "").sum()), "leakage_of_random_split": leaked_share(rows, groups, seed),
-    }
+# %% ../nbs/02_preprocessing.ipynb #c034
+def compare_normalisations(manifest: pd.DataFrame, root: Path, seed: int, names: Iterable[str]) -> pd.DataFrame:
+    """For each normalisation in `names`: balanced accuracy and AUC, each with its interval, of logistic regression on 16×16 thumbnails of what a network
+    would see, in random and in grouped folds; columns normalise, folds, n, n_groups, and value, low and high of both."""
+    rows = []
+    for name in names:
+        pictures = np.zeros((len(manifest), THUMBNAIL, THUMBNAIL), np.uint8)
+        for k, row in enumerate(progress(manifest.to_dict("records"), name, len(manifest))):
+            if row["status"] == "kept" or row["reason"].startswith("exact copy"):
+                pictures[k] = prepare(read_slice(root / row["path"], row["path"], int(row.get("frame") or 0)).pixels, THUMBNAIL, name)
+        for kind, found in baselines(manifest, pictures, seed)["thumbnails"].items():
+            if "why" not in found:
+                rows.append({"normalise": name, "folds": kind, "n": found["n"], "n_groups": found["n_groups"],
+                             **{f"{m}_{k}": found[m][k] for m in ("balanced_accuracy", "auc") for k in ("value", "low", "high")}})
+    return pd.DataFrame(rows)

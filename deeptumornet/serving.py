@@ -35,7 +35,7 @@ from werkzeug.exceptions import (
 
 from .dicom import is_dicom
 from .export import Engine
-from .preprocessing import Slice, frame, read_slice
+from .preprocessing import Slice, read_slice
 from .study import StudyError, project_root
 
 # %% auto #0
@@ -135,7 +135,6 @@ def record(path: Path | str, version: str, image_id: str, probabilities: dict[st
     row = (time, version, image_id, json.dumps(probabilities), *(numbers[k] for k in STATISTICS))
     try:
         with closing(sqlite3.connect(path, timeout=10)) as log, log:
-            log.executescript(_TABLE)
             log.execute(f"INSERT INTO predictions VALUES ({', '.join('?' * len(row))})", row)
     except sqlite3.Error as error:
         logging.getLogger(__name__).error("a prediction is missing from the log %s: %s", path, error)
@@ -153,7 +152,7 @@ def answer(engine: Engine, data: bytes, heat_map: bool = False, log: Path | str 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
     found = read_upload(data)
-    prepared = engine.prepare(found.pixels)
+    prepared, place = engine.prepare(found.pixels)
     probabilities, heat = engine.predict(prepared[None])
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
@@ -165,8 +164,7 @@ def answer(engine: Engine, data: bytes, heat_map: bool = False, log: Path | str 
     if log:
         record(log, card["version"], found.image_id, p, prepared)
     if heat_map:
-        _, *place = frame(found.pixels, card["input"]["crop"])
-        coloured = overlay(heat[0], found.height, found.width, tuple(place))
+        coloured = overlay(heat[0], found.height, found.width, place)
         grey = Image.fromarray(found.pixels)
         shown = grey if grey.size == coloured.size else grey.resize(coloured.size, Image.Resampling.BOX)
         content |= {"picture": data_url(shown), "heat_map": data_url(coloured)}

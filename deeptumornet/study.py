@@ -5,7 +5,6 @@
 # %% ../nbs/00_study.ipynb #c002
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import json
@@ -14,8 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +30,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'StudyError', 'project_root', 'check_params', 'load_params', 'atomic', 'write_json', 'write_csv',
-           'read_json', 'sha256', 'Study', 'open_study', 'progress', 'code_revision', 'tracked', 'run_notebook', 'main']
+           'read_json', 'sha256', 'Study', 'open_study', 'save_figure', 'progress', 'code_revision', 'tracked',
+           'run_notebook']
 
 # %% ../nbs/00_study.ipynb #c005
 class StudyError(Exception):
@@ -42,7 +40,7 @@ class StudyError(Exception):
 # %% ../nbs/00_study.ipynb #c007
 PROFILES = ("demo", "paper", "smoke")
 STAGES = ("collect", "preprocess", "train", "tune", "compare", "explain", "export")
-_CHOICES = {("train", "method"): ("scratch", "head"), ("tune", "search"): ("grid", "random", "bayesian")}
+_CHOICES = {("preprocess", "normalise"): ("lungs", "scaling", "clahe"), ("train", "method"): ("scratch", "head"), ("tune", "search"): ("grid", "random", "bayesian")}
 
 
 def project_root(start: Path | str = ".") -> Path:
@@ -59,7 +57,7 @@ def check_params(params: dict, root: Path) -> dict:
     def wrong(what: str, value: Any, allowed: Iterable[str]) -> StudyError:
         return StudyError(f"params.yaml: {what} {value!r} is unknown; choose {', '.join(map(str, allowed))}")
 
-    for key in ("profile", "seed", "classes", "positive", "networks", "tune_on"):
+    for key in ("profile", "seed", "classes", "positive", "networks", "tune_on", "quality"):
         if key not in params:
             raise StudyError(f"params.yaml: the line {key!r} is missing; take it from the repository's params.yaml")
     if params["profile"] not in PROFILES or params["profile"] not in params:
@@ -213,11 +211,21 @@ def open_study(profile: str | None = None, workspace: Path | str = ".", root: Pa
     return Study(settings["profile"], root, (root / workspace).resolve(), settings)
 
 # %% ../nbs/00_study.ipynb #c020
+def save_figure(fig: Any, study: Study, name: str) -> Path:
+    "Write `fig` as reports/<profile>/figures/<name>.png (150 dpi) and .pdf, without dates or versions; the PNG's path"
+    png = study.report("figures", f"{name}.png")
+    undated = {"CreationDate": None, "Producer": None, "Creator": None}
+    for path, metadata in ((png, {"Software": None}), (png.with_suffix(".pdf"), undated)):
+        with atomic(path) as temporary:
+            fig.savefig(temporary, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
+    return png
+
+# %% ../nbs/00_study.ipynb #c022
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     "`items` with a progress bar named `what` on stderr"
     return tqdm(items, desc=what, total=total, mininterval=1.0, leave=False)
 
-# %% ../nbs/00_study.ipynb #c022
+# %% ../nbs/00_study.ipynb #c024
 def code_revision(root: Path) -> str:
     "The git commit of the project, with `+changes` where tracked files differ from it; `unknown` outside git"
     def git(*words: str) -> str:
@@ -248,13 +256,7 @@ def tracked(study: Study, name: str, params: dict | None = None, nested: bool = 
         })
         yield run
 
-# %% ../nbs/00_study.ipynb #c025
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
+# %% ../nbs/00_study.ipynb #c027
 def run_notebook(notebook: str, profile: str, workspace: Path | str = ".", root: Path | None = None) -> Path:
     """Execute `nbs/<notebook>.ipynb` with `profile` and `workspace` injected; the executed copy's path.
 
@@ -273,6 +275,7 @@ def run_notebook(notebook: str, profile: str, workspace: Path | str = ".", root:
             papermill.execute_notebook(
                 source, temporary, {"profile": profile, "workspace": str(workspace)}, cwd=str(study.root),
                 stderr_file=sys.stderr, progress_bar=False, kernel_name="python3",
+                extra_arguments=["--log-level=ERROR"],
             )
         except papermill.PapermillExecutionError as error:
             if error.ename == "StudyError":
@@ -287,23 +290,3 @@ def run_notebook(notebook: str, profile: str, workspace: Path | str = ".", root:
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         nbformat.write(executed, temporary)
     return target
-
-# %% ../nbs/00_study.ipynb #c027
-def main(words: list[str] | None = None) -> int:
-    "The command `deeptumornet`: 0 when it went well, 1 with one sentence on stderr for bad input"
-    parser = argparse.ArgumentParser(prog="deeptumornet", description="Lung CT slices by transfer learning: a reproducible study.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="check params.yaml")
-    run = commands.add_parser("run", help="run one notebook of the study, as a DVC stage does")
-    run.add_argument("notebook", help="its name in nbs/, such as 02_preprocessing")
-    run.add_argument("--profile", help="default: the one in params.yaml")
-    arguments = parser.parse_args(words)
-    try:
-        study = open_study(getattr(arguments, "profile", None))
-        if arguments.command == "run":
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-            print(f"{arguments.notebook} → {run_notebook(arguments.notebook, study.profile, '.').relative_to(study.root)}")
-    except StudyError as error:
-        print(f"deeptumornet: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .preprocessing import group_folds, load_manifest, random_split, readable
+from .groups import group_folds, random_split, readable
+from .preprocessing import load_manifest
 from .study import Study, StudyError, atomic, progress, sha256, tracked, write_csv, write_json
 
 if TYPE_CHECKING:
@@ -415,7 +416,7 @@ def save_all(study: Study, model: keras.Model, network: Network, weights: str, s
         write_json(folder / "card.json", {
             "network": name, "title": network.title, "classes": study.classes, "positive": study.positive, "profile": study.profile,
             "weights": weights, "method": study["train"]["method"], "size": size, "parameters": model.count_params(),
-            "input": {"size": model.input_shape[1], "channels": 1, "range": [0, 255], "crop": study["preprocess"]["crop"]},
+            "input": {"size": model.input_shape[1], "channels": 1, "range": [0, 255], "normalise": study["preprocess"]["normalise"]},
             "data_sha256": sha256(study.manifest), "files": {"model.keras": sha256(folder / "model.keras")},
         })
     with atomic(study.report("networks", name)) as folder:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .preprocessing import load_manifest, readable
+from .groups import readable
+from .preprocessing import load_manifest
 from .study import Study, StudyError, sha256, tracked, write_csv, write_json
 from deeptumornet.training import (
     Head,

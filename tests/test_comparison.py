@@ -10,7 +10,7 @@ from PIL import Image
 from deeptumornet import comparison as c
 from deeptumornet import metrics
 from deeptumornet.preprocessing import load_manifest
-from deeptumornet.study import Study, StudyError, sha256, write_csv, write_json
+from deeptumornet.study import Study, StudyError, save_figure, sha256, write_csv, write_json
 
 CLASSES = ["normal", "adenocarcinoma"]
 POSITIVE = "adenocarcinoma"
@@ -310,9 +310,9 @@ def test_tables_hold_every_number(result, predictions, chosen):
 def test_figures_are_whole_and_the_same_bytes_again(study, result, predictions, chosen):
     for name, draw in {"number": lambda: c.number_figure(result), "roc": lambda: c.roc_figure(result, predictions),
                        "confusion": lambda: c.confusion_figure(result, predictions, chosen, "good", 0.9)}.items():
-        png = c.save_figure(draw(), study, name)
+        png = save_figure(draw(), study, name)
         first = [png.read_bytes(), png.with_suffix(".pdf").read_bytes()]
-        c.save_figure(draw(), study, name)
+        save_figure(draw(), study, name)
         assert first == [png.read_bytes(), png.with_suffix(".pdf").read_bytes()]
         assert Image.open(png).width > 600 and b"CreationDate" not in first[1]
 
@@ -323,8 +323,8 @@ def test_figures_survive_undefined_numbers_and_one_protocol(study, result, predi
         s["auc"] = {"value": None, "low": None, "high": None, "why": "one class has no slices"}
     alone = result | {"protocols": {"holdout": scores}}
     normal = predictions.query("label == 'normal'")
-    c.save_figure(c.number_figure(alone), study, "alone")
-    c.save_figure(c.roc_figure(alone, normal), study, "alone")
+    save_figure(c.number_figure(alone), study, "alone")
+    save_figure(c.roc_figure(alone, normal), study, "alone")
 
 
 # The models

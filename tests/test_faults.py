@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deeptumornet.collection import catalogue, collect
+from deeptumornet.commands import main
 from deeptumornet.dicom import window, write_dicom
+from deeptumornet.groups import assert_no_leak, group_folds, split
 from deeptumornet.phantom import draw_patient, slice_hu
-from deeptumornet.preprocessing import assert_no_leak, group_folds, load_manifest, preprocess, read_slice, split
-from deeptumornet.study import Study, StudyError, atomic, load_params, main, open_study, read_json, write_json
+from deeptumornet.preprocessing import load_manifest, preprocess, read_slice
+from deeptumornet.study import Study, StudyError, atomic, load_params, open_study, read_json, write_json
 from deeptumornet.training import load_backbone, load_network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +95,7 @@ def test_broken_files_stay_in_the_manifest_with_a_reason(source, tmp_path):
     Image.new("L", (256, 256), 9).save(source / "normal/blank.png")
     study = study_on(source, tmp_path / "w")
     collect(study)
-    manifest = preprocess(study)
+    manifest, _ = preprocess(study)
     reasons = manifest.set_index(manifest["path"].map(lambda p: Path(p).name))["reason"]
     assert len(manifest) == 17
     for name, words in {"cut.png": "damaged or cut short", "note.png": "not a PNG", "dot.png": "1×1 pixels",

@@ -86,7 +86,7 @@ def test_the_service_logs_what_monitoring_reads(champion, phantoms, tmp_path, mo
     assert client.post(PREDICT, data=b"a note").status_code == 415
     assert client.post(PREDICT, data=encoded(np.zeros((99, 99), np.uint8))).status_code == 422
     read = read_log(path, engine.card["version"], "adenocarcinoma")
-    prepared = np.stack([engine.prepare(window(hu)) for hu in phantoms])
+    prepared = np.stack([engine.prepare(window(hu))[0] for hu in phantoms])
     pd.testing.assert_frame_equal(read, statistics_table(prepared, [answer["probability"] for answer in said]))
     assert [row[2] for row in rows(path)] == [read_slice(body, "a.png").image_id for body in bodies]
     assert read_log(path, "another", "adenocarcinoma").empty
@@ -105,6 +105,7 @@ def test_the_log_holds_nothing_of_a_patient(champion, phantoms, tmp_path):
     from deeptumornet.dicom import write_dicom
 
     app = create_app(champion)
+    open_log(tmp_path / "log.sqlite")
     app.config["PREDICTION_LOG"] = tmp_path / "log.sqlite"
     write_dicom(tmp_path / "a.dcm", phantoms[1], "Doe^Jane", 0.0, 1.4, "series")
     data = {"file": ((tmp_path / "a.dcm").open("rb"), "Doe Jane.dcm")}
@@ -115,6 +116,7 @@ def test_the_log_holds_nothing_of_a_patient(champion, phantoms, tmp_path):
 
 def test_many_threads_lose_no_row(champion, slice_png, tmp_path):
     app = create_app(champion)
+    open_log(tmp_path / "log.sqlite")
     app.config["PREDICTION_LOG"] = tmp_path / "log.sqlite"
     with ThreadPoolExecutor(8) as pool:
         codes = list(pool.map(lambda _: app.test_client().post(PREDICT, data=slice_png).status_code, range(24)))

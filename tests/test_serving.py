@@ -23,7 +23,8 @@ from PIL import Image
 
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.export import Engine
-from deeptumornet.preprocessing import frame, read_slice
+from deeptumornet.lungs import see
+from deeptumornet.preprocessing import read_slice
 from deeptumornet.serving import HEADERS, LARGEST_BODY, create_app
 
 PREDICT = "/api/v1/predict"
@@ -66,7 +67,7 @@ def opened(url: str) -> Image.Image:
 def test_answer_is_the_engines(client, champion, slice_png):
     said = client.post(PREDICT, data=slice_png).json
     engine = Engine(champion)
-    p, _ = engine.predict(engine.prepare(read_slice(slice_png, "a.png").pixels)[None])
+    p, _ = engine.predict(engine.prepare(read_slice(slice_png, "a.png").pixels)[0][None])
     assert said["probability"] == said["probabilities"]["adenocarcinoma"] == p[0, 1]
     assert list(said["probabilities"]) == ["normal", "adenocarcinoma"]
     assert said["class"] == max(said["probabilities"], key=said["probabilities"].get)
@@ -81,7 +82,7 @@ def test_keras_says_the_same(client, champion, phantoms):
 
     model, engine = load_model(champion / "model.keras"), Engine(champion)
     for hu in phantoms:
-        prepared = engine.prepare(window(hu))[None, ..., None].astype("float32")
+        prepared = engine.prepare(window(hu))[0][None, ..., None].astype("float32")
         expected = calibrate(np.asarray(model(prepared, training=False)), engine.card["temperature"])[0, 1]
         assert abs(client.post(PREDICT, data=encoded(window(hu))).json["probability"] - expected) < 1e-4
 
@@ -110,7 +111,7 @@ def test_heat_map_lies_over_the_lungs(client, phantoms, scale):
     assert max(picture.size) == min(512, max(pixels.shape))
     if scale == 1:
         assert (np.asarray(picture) == pixels).all()
-    _, top, left, side = frame(pixels, "lungs")
+    _, (top, left, side) = see(pixels, 80, "lungs")
     ratio = picture.size[1] / pixels.shape[0]
     rows, columns = np.nonzero(np.asarray(heat)[..., 3])
     assert len(rows), "something is warm"

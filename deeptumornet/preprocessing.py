@@ -56,9 +56,9 @@ class Slice:
         return hashlib.sha256(np.int64(self.pixels.shape).tobytes() + self.pixels.tobytes()).hexdigest()
 
 
-def read_slice(source: Path | bytes, name: str, frame: int = 0) -> Slice:
+def read_slice(source: Path | bytes, name: str, frame: int | None = None) -> Slice:
     """The slice in a PNG, JPEG or DICOM file, given as a path or as bytes; `name` names it in messages. Of a multi-frame
-    DICOM file it is the `frame` (from 0).
+    DICOM file it is the `frame` (from 0), which must be named.
 
     Grey values are kept, colours become their luminance (ITU-R 601-2), transparency is ignored, DICOM goes through
     Hounsfield units and the lung window. Raises StudyError for what is not one readable slice."""
@@ -128,7 +128,7 @@ def inspect(row: dict, root: Path, slices: Path | None, size: int, normalise: st
     if row.get("status") == "excluded":
         return found_out, thumbnail, lung_field
     try:
-        found = read_slice(file, path, int(row.get("frame") or 0))
+        found = read_slice(file, path, int(row["frame"]) if row.get("frame") else None)
     except StudyError as error:
         return found_out | {"reason": str(error)}, thumbnail, lung_field
     pixels = found.pixels
@@ -225,7 +225,7 @@ def compare_normalisations(manifest: pd.DataFrame, root: Path, seed: int, names:
         pictures = np.zeros((len(manifest), THUMBNAIL, THUMBNAIL), np.uint8)
         for k, row in enumerate(progress(manifest.to_dict("records"), name, len(manifest))):
             if row["status"] == "kept" or row["reason"].startswith("exact copy"):
-                pictures[k] = prepare(read_slice(root / row["path"], row["path"], int(row.get("frame") or 0)).pixels, THUMBNAIL, name)
+                pictures[k] = prepare(read_slice(root / row["path"], row["path"], int(row["frame"]) if row.get("frame") else None).pixels, THUMBNAIL, name)
         for kind, found in baselines(manifest, pictures, seed)["thumbnails"].items():
             if "why" not in found:
                 rows.append({"normalise": name, "folds": kind, "n": found["n"], "n_groups": found["n_groups"],

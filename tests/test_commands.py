@@ -10,7 +10,8 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 KAGGLE, OTHER = SHARED / "data/chest_ct_kaggle/Data/train", SHARED / "data/iqothnccd_part"
 WEIGHTS = SHARED / "weights/inceptionv3_notop.weights.h5"
-real = pytest.mark.skipif(not (KAGGLE.is_dir() and OTHER.is_dir() and WEIGHTS.is_file()), reason="../shared, with real slices and weights, is not here")
+real = pytest.mark.skipif(not (KAGGLE.is_dir() and OTHER.is_dir() and WEIGHTS.is_file()),
+                          reason="../shared, with real slices and weights, is not here")
 
 
 def deeptumornet(*words: str) -> subprocess.CompletedProcess:

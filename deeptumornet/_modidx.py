@@ -260,6 +260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'deeptumornet/preprocessing.py'),
                                             'deeptumornet.preprocessing._lungs': ( 'preprocessing.html#_lungs',
                                                                                    'deeptumornet/preprocessing.py'),
+                                            'deeptumornet.preprocessing._thumbnail': ( 'preprocessing.html#_thumbnail',
+                                                                                       'deeptumornet/preprocessing.py'),
                                             'deeptumornet.preprocessing.compare_normalisations': ( 'preprocessing.html#compare_normalisations',
                                                                                                    'deeptumornet/preprocessing.py'),
                                             'deeptumornet.preprocessing.complete': ( 'preprocessing.html#complete',

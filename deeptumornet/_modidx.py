@@ -199,6 +199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'deeptumornet.lungs': { 'deeptumornet.lungs.Field': ('lungs.html#field', 'deeptumornet/lungs.py'),
                                     'deeptumornet.lungs.Field.chest': ('lungs.html#field.chest', 'deeptumornet/lungs.py'),
                                     'deeptumornet.lungs.Field.mask': ('lungs.html#field.mask', 'deeptumornet/lungs.py'),
+                                    'deeptumornet.lungs.Field.whole_mask': ('lungs.html#field.whole_mask', 'deeptumornet/lungs.py'),
                                     'deeptumornet.lungs._lungs': ('lungs.html#_lungs', 'deeptumornet/lungs.py'),
                                     'deeptumornet.lungs.closed': ('lungs.html#closed', 'deeptumornet/lungs.py'),
                                     'deeptumornet.lungs.find_lungs': ('lungs.html#find_lungs', 'deeptumornet/lungs.py'),

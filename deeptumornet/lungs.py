@@ -50,6 +50,13 @@ class Field:
         "True (bool) in the lungs, closed over vessels and small masses, on the scale of the copy"
         return np.any([closed(lung, SIDE // 14) for lung in self.lungs], axis=0)
 
+    def whole_mask(self, shape: tuple[int, int]) -> np.ndarray:
+        "`mask` on the scale of the slice, whose (height, width) is `shape`"
+        top, bottom, left, right = self.box
+        whole = np.zeros(shape, bool)
+        whole[top:bottom, left:right] = np.asarray(Image.fromarray(self.mask()).resize((right - left, bottom - top), Image.Resampling.NEAREST))
+        return whole
+
 
 def unframed(pixels: np.ndarray) -> tuple[int, int, int, int]:
     "The (top, bottom, left, right) of uint8 `pixels` inside a bright frame, as screenshots have; all of it where there is none"
@@ -109,8 +116,9 @@ def _lungs(air: np.ndarray) -> list[np.ndarray]:
 # %% ../nbs/02a_lungs.ipynb #c010
 AIR, TISSUE, DETAIL = 48.0, 176.0, 96
 "Greys of lung and of soft tissue in a standardised slice, and the pixels a side that are left of its detail"
-NORMALISATIONS = ("lungs", "scaling", "clahe")
-"lungs: standardised lung field. scaling: the whole slice, pixels as they are. clahe: the whole slice, histogram equalised"
+NORMALISATIONS = ("lungs", "masked", "scaling", "clahe")
+"""lungs: the standardised inside of the chest. masked: the lungs alone on black, greys as they are. scaling: the whole slice, pixels as they are.
+clahe: the whole slice, histogram equalised"""
 
 
 def standardise(pixels: np.ndarray, size: int, field: Field | None = None) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -142,12 +150,17 @@ def see(pixels: np.ndarray, size: int, normalise: str, field: Field | None = Non
     """What a network sees of a slice (uint8, height × width) under a normalisation of NORMALISATIONS: a picture (uint8,
     size × size), and the (top, left, side) of its square in the slice. Whole slices are padded with black, never stretched.
 
-    Raises StudyError where "lungs" finds none."""
+    Raises StudyError where "lungs" or "masked" finds none."""
     if normalise == "lungs":
         return standardise(pixels, size, field)
-    height, width = pixels.shape
+    top, left, (height, width) = 0, 0, pixels.shape
+    if normalise == "masked":
+        mask = (field or find_lungs(pixels)).whole_mask(pixels.shape)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        top, left, height, width = int(rows[0]), int(columns[0]), int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
+        pixels = np.where(mask, pixels, 0).astype(np.uint8)
     side = max(height, width)
-    top, left = -((side - height) // 2), -((side - width) // 2)
+    top, left = top - (side - height) // 2, left - (side - width) // 2
     if normalise == "clahe":
         pixels = np.round(equalize_adapthist(pixels, clip_limit=0.02) * 255).astype(np.uint8)
     picture = Image.fromarray(pixels).crop((left, top, left + side, top + side))

@@ -108,7 +108,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 def prepare(pixels: np.ndarray, size: int, normalise: str = "scaling") -> np.ndarray:
     """The picture a network sees, uint8 (size × size), from a slice, uint8 (height × width), for one of `lungs.NORMALISATIONS`.
 
-    Raises StudyError where "lungs" finds none."""
+    Raises StudyError where "lungs" or "masked" finds none."""
     return see(pixels, size, normalise)[0]
 
 # %% ../nbs/02_preprocessing.ipynb #c016

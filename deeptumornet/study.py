@@ -40,7 +40,7 @@ class StudyError(Exception):
 # %% ../nbs/00_study.ipynb #c007
 PROFILES = ("demo", "paper", "smoke")
 STAGES = ("collect", "preprocess", "train", "tune", "compare", "explain", "export")
-_CHOICES = {("preprocess", "normalise"): ("lungs", "scaling", "clahe"), ("train", "method"): ("scratch", "head"), ("tune", "search"): ("grid", "random", "bayesian")}
+_CHOICES = {("preprocess", "normalise"): ("lungs", "masked", "scaling", "clahe"), ("train", "method"): ("scratch", "head"), ("tune", "search"): ("grid", "random", "bayesian")}
 
 
 def project_root(start: Path | str = ".") -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ class Field:
     body: np.ndarray
     lungs: list[np.ndarray]
 
+    @cached_property
     def chest(self) -> np.ndarray:
         """The inside of the chest: the hull of the lungs and of their mirror image in the body's midline, so that a mass on the chest wall, or
         a lung full of tumour or fluid, lies inside it."""
@@ -74,10 +76,13 @@ def unframed(pixels: np.ndarray) -> tuple[int, int, int, int]:
 
 def closed(mask: np.ndarray, radius: int) -> np.ndarray:
     "`mask` closed by a disc of `radius` pixels, its holes filled; the edge of the picture is no obstacle"
-    wide = np.pad(mask, radius + 1)
+    place = ndimage.find_objects(mask.astype(np.uint8))[0]
+    wide = np.pad(mask[place], radius + 1)
     near = ndimage.distance_transform_edt(~wide) <= radius
-    whole = ndimage.binary_fill_holes((ndimage.distance_transform_edt(near) > radius) | wide)
-    return whole[radius + 1:-radius - 1, radius + 1:-radius - 1]
+    whole = np.zeros_like(mask)
+    filled = ndimage.binary_fill_holes((ndimage.distance_transform_edt(near) > radius) | wide)
+    whole[place] = filled[radius + 1:-radius - 1, radius + 1:-radius - 1]
+    return whole
 
 
 def find_lungs(pixels: np.ndarray) -> Field:
@@ -110,8 +115,9 @@ def _lungs(air: np.ndarray) -> list[np.ndarray]:
     area = np.bincount(pieces.ravel())
     area[0] = 0
     likely = np.flatnonzero(area >= max(_AIR * air.size, _LARGEST * area.max()))
-    found = [pieces == k for k in likely]
-    return [lung for lung in found if ndimage.distance_transform_edt(np.pad(lung, 1)).max() >= _RADIUS * max(air.shape)]
+    places = ndimage.find_objects(pieces)
+    wide = [k for k in likely if ndimage.distance_transform_edt(np.pad(pieces[places[k - 1]] == k, 1)).max() >= _RADIUS * max(air.shape)]
+    return [pieces == k for k in wide]
 
 # %% ../nbs/02a_lungs.ipynb #c010
 AIR, TISSUE, DETAIL = 48.0, 176.0, 96
@@ -127,7 +133,7 @@ def standardise(pixels: np.ndarray, size: int, field: Field | None = None) -> tu
 
     `field` is the slice's, where it is known already. Raises StudyError where no lungs are found."""
     field = field or find_lungs(pixels)
-    chest, air = field.chest(), np.any(field.lungs, axis=0)
+    chest, air = field.chest, np.any(field.lungs, axis=0)
     around = field.body & field.tissue & ndimage.binary_dilation(air, iterations=12)
     lung, soft = (float(np.median(field.grey[where])) for where in (air, around if around.any() else field.tissue))
     top, bottom, left, right = field.box

@@ -91,8 +91,8 @@ def _coloured(picture: Image.Image) -> np.ndarray | None:
     "True where red, green and blue differ by more than JPEG makes them; None where nowhere"
     if picture.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"):
         return None
-    channels = np.asarray(picture.convert("RGB"))
-    differ = channels.max(2) - channels.min(2) > 40
+    red, green, blue = (np.asarray(channel) for channel in picture.convert("RGB").split())
+    differ = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue) > 40
     return differ if differ.any() else None
 
 

@@ -228,12 +228,18 @@ def check_groups(table: pd.DataFrame, least: int, why: str) -> None:
 
 
 def group_folds(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
-    "A fold 0 .. `folds`-1 for each row of `table`, stratified by label, no group in two folds; StudyError with too few groups"
+    """A fold 0 .. `folds`-1 (int) for each row of `table`, stratified by label, no group in two folds.
+
+    Raises StudyError where a class has too few groups, or where one large group leaves a fold without a class."""
     check_groups(table, folds, f"a split into {folds} parts")
     fold = np.empty(len(table), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for k, (_, part) in enumerate(splitter.split(np.zeros(len(table)), table["label"], table["group"])):
         fold[part] = k
+    for label, met in table.assign(fold=fold).groupby("label")["fold"].nunique().items():
+        if met < folds:
+            raise StudyError(f"class {label!r} is in {met} of {folds} folds, for most of it is in a few large groups: "
+                             "add patients, or ask for fewer parts in params.yaml")
     return fold
 
 

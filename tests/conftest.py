@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from deeptumornet.dicom import window
@@ -12,6 +13,8 @@ from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.preprocessing import prepare
 
 SIZE = 80
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:

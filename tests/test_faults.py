@@ -179,10 +179,10 @@ def test_a_group_never_straddles(slices, seed):
     try:
         done = split(table, 0.25, 0.25, 2, seed)
     except StudyError as error:
-        assert "needs" in str(error)
+        assert "needs" in str(error) or "large groups" in str(error)
         return
     assert_no_leak(done)
-    assert set(done["split"]) == {"train", "validation", "test"}
+    assert (done.groupby("split")["label"].nunique() == 2).all() and set(done["split"]) == {"train", "validation", "test"}
     assert len(set(group_folds(table, 2, seed))) == 2
 
 

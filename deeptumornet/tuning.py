@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +124,10 @@ def paired(untuned: pd.DataFrame, tuned: pd.DataFrame, study: Study, draws: int 
     return {"protocol": protocol, "difference": difference, "low": low, "high": high, "n": n, "n_groups": n_groups, "verdict": verdict}
 
 
-def tune(study: Study) -> tuple[pd.DataFrame, dict]:
+def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
     """Search, write the trials and the choice, train the winner as models/tuned; (trials, chosen values).
 
-    Where the environment names this process a worker of keras-tuner, it only works off trials, and writes nothing."""
+    Where `tune.chief` is an address, this process deals out the trials there, and does none itself. A `worker` only works them off."""
     import mlflow
 
     settings, name = study["tune"], study.settings["tune_on"]
@@ -146,11 +148,14 @@ def tune(study: Study) -> tuple[pd.DataFrame, dict]:
             bar.update()
             return found
 
-        searches = [_search_on_port(k, kind, trial, settings, study, folder) for k, kind in enumerate(settings["searches"])]
+        searches = []
+        for k, kind in enumerate(settings["searches"]):
+            with _chief(settings["chief"], k, worker):
+                searches.append(search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder))
         trials = pd.concat(searches, ignore_index=True)
         best = trials.loc[trials["val_loss"].idxmin()]
         chosen = {what: best[what].item() if hasattr(best[what], "item") else best[what] for what in (*SPACE, "depth")}
-        if os.environ.get("KERASTUNER_TUNER_ID", "chief") != "chief":
+        if worker:
             return trials, chosen
         train, validation = (manifest[manifest["split"] == part] for part in ("train", "validation"))
         told |= {what: chosen[what] for what in SPACE}
@@ -174,16 +179,21 @@ def tune(study: Study) -> tuple[pd.DataFrame, dict]:
     return trials, chosen
 
 
-def _search_on_port(number: int, kind: str, trial: Callable, settings: dict, study: Study, folder: Path) -> pd.DataFrame:
-    "One search; the chief of each, where there is one, on a port of its own, for the last may not have closed when the next begins"
-    port = os.environ.get("KERASTUNER_ORACLE_PORT")
-    if port:
-        os.environ["KERASTUNER_ORACLE_PORT"] = str(int(port) + number)
+@contextmanager
+def _chief(address: str, number: int, worker: bool) -> Iterator[None]:
+    """keras-tuner's environment for the search `number` with a chief at `address` (host:port), and none where that is "". Each search has a
+    port of its own, for the chief of the last may not have closed when the next begins."""
+    host, _, port = address.rpartition(":")
+    if address and not (host and port.isdigit()):
+        raise StudyError(f"params.yaml: tune.chief {address!r} is no address: write host:port, or nothing")
+    told = {"KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": str(int(port or 0) + number),
+            "KERASTUNER_TUNER_ID": f"worker-{platform.node()}-{os.getpid()}" if worker else "chief"} if address else {}
+    os.environ.update(told)
     try:
-        return search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder)
+        yield
     finally:
-        if port:
-            os.environ["KERASTUNER_ORACLE_PORT"] = port
+        for name in told:
+            del os.environ[name]
 
 # %% ../nbs/07_tuning.ipynb #c019
 def search_figure(trials: pd.DataFrame, name: str) -> Figure:

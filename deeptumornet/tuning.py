@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,8 @@ from deeptumornet.training import (
 __all__ = ['SPACE', 'SEARCHES', 'search', 'score', 'paired', 'tune', 'search_figure']
 
 # %% ../nbs/07_tuning.ipynb #c007
-SPACE = {"optimizer": ["adam", "rmsprop"], "rate": [0.001, 0.003, 0.01], "dropout": [0.0, 0.3], "units": [0, 64], "weight_decay": [0.0, 0.004]}
+SPACE = {"optimizer": ["adam", "rmsprop"], "rate": [0.0003, 0.001, 0.003, 0.01], "dropout": [0.0, 0.2, 0.4], "units": [0, 64],
+         "weight_decay": [0.0, 0.004]}
 SEARCHES = ("grid", "random", "bayesian", "hyperband")
 
 # %% ../nbs/07_tuning.ipynb #c009
@@ -56,14 +58,24 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
     `epochs`. Raises StudyError for another `kind`, and where no trial gave a loss."""
     import keras_tuner
 
-    kinds = dict(zip(SEARCHES, (keras_tuner.GridSearch, keras_tuner.RandomSearch, keras_tuner.BayesianOptimization, keras_tuner.Hyperband), strict=True))
+    from keras_tuner import oracles
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    class Bayesian(oracles.BayesianOptimizationOracle):
+        def populate_space(self, trial_id: str) -> dict:
+            proposed = super().populate_space(trial_id)
+            tried = any(trial.hyperparameters.values == proposed["values"] for trial in self.trials.values())
+            return self._random_populate_space() if tried else proposed  # in a space of few values it would propose its best again and again
+
+    kinds = dict(zip(SEARCHES, (oracles.GridSearchOracle, oracles.RandomSearchOracle, Bayesian, oracles.HyperbandOracle), strict=True))
     if kind not in kinds:
         raise StudyError(f"params.yaml: tune.searches {kind!r} is unknown; choose {', '.join(kinds)}")
     space = keras_tuner.HyperParameters()
     for what, values in {**SPACE, "depth": list(depths)}.items():
         space.Choice(what, values)
 
-    class Search(kinds[kind]):
+    class Search(keras_tuner.engine.base_tuner.BaseTuner):
         def run_trial(self, run, *_, **__) -> float:
             values = {what: run.hyperparameters.values[what] for what in (*SPACE, "depth")}
             limit = int(run.hyperparameters.values.get("tuner/epochs", epochs))
@@ -76,10 +88,14 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
             return read_json(answer)["val_loss"]
 
     budget = {"max_epochs": epochs} if kind == "hyperband" else {"max_trials": trials}
+    if kind == "bayesian":
+        budget["num_initial_points"] = max(2, trials // 3)  # drawn at random, the same as the random search's first ones
     worker = os.environ.get("KERASTUNER_TUNER_ID", "chief") != "chief"
-    tuner = Search(hyperparameters=space, tune_new_entries=False, objective=keras_tuner.Objective("val_loss", "min"), directory=str(folder),
-                   project_name=kind, overwrite=not worker, seed=seed + 1, **budget)  # keras-tuner takes the seed 0 for none
-    tuner.search(verbose=0)
+    oracle = kinds[kind](hyperparameters=space, tune_new_entries=False, objective=keras_tuner.Objective("val_loss", "min"), seed=seed + 1,
+                         **budget)  # keras-tuner takes the seed 0 for none
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):  # small matrices: a second thread makes a proposal four times slower
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        Search(oracle, directory=str(folder), project_name=kind, overwrite=not worker).search(verbose=0)
     answers = sorted(folder.joinpath(kind).glob("trial_*/answer.json"), key=lambda file: int(file.parent.name.removeprefix("trial_")))
     if not answers:
         raise StudyError(f"no trial of the {kind} search gave a loss: lower tune.epochs or tune.folds in params.yaml")
@@ -199,17 +215,17 @@ def _chief(address: str, number: int, worker: bool) -> Iterator[None]:
 def search_figure(trials: pd.DataFrame, name: str) -> Figure:
     "The lowest loss so far against the number of trials and against seconds, a line for each search"
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    looks = dict(zip(SEARCHES, (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D")), strict=True))
+    looks = dict(zip(SEARCHES, (("#0072B2", "o", "-"), ("#E69F00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":")), strict=True))
     panels = figure.subplots(1, 2, sharey=True)
     for kind, rows in trials.groupby("search", sort=False):
-        colour, marker = looks[kind]
+        colour, marker, dashes = looks[kind]
         for panel, x in zip(panels, (rows["trial"], rows["seconds"].cumsum()), strict=True):
-            panel.plot(x, rows["val_loss"].cummin(), color=colour, drawstyle="steps-post", label=kind)
-            panel.plot(x, rows["val_loss"], marker, color=colour, markersize=4, alpha=0.5)
+            panel.plot(x, rows["val_loss"].cummin(), color=colour, linestyle=dashes, drawstyle="steps-post", linewidth=1.8, label=kind)
+            panel.plot(x, rows["val_loss"], marker, color=colour, markersize=5, markerfacecolor="none")
     panels[0].set(xlabel="trial", ylabel="mean validation loss of the folds")
     panels[1].set(xlabel="seconds")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
-    panels[1].legend(frameon=False, title="lowest so far (dots: trials)")
+    panels[1].legend(frameon=False, title="lowest so far (marks: trials)")
     best = trials.loc[trials["val_loss"].idxmin()]
     figure.suptitle(f"Searches on {name}: the lowest loss, {best['val_loss']:.3f}, was found by {best['search']} in trial {best['trial']}")
     return figure

@@ -57,7 +57,6 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
     `trial(values, epochs)` gives val_loss and val_auc. `folder` keeps the answers. Hyperband takes its own number of trials, of up to
     `epochs`. Raises StudyError for another `kind`, and where no trial gave a loss."""
     import keras_tuner
-
     from keras_tuner import oracles
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits

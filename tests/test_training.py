@@ -252,3 +252,19 @@ def test_chief_and_workers_of_keras_tuner_share_the_trials(study, trained, tmp_p
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     parents = [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_name == "trial"]
     assert len(set(parents)) == 2, "both workers took part"
+
+
+def test_a_fourth_network_is_one_line(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    assert "  # vgg16: 06a_vgg16" in text
+    for name in ("nbs", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for profile in ("demo", "paper", "smoke"):
+        chosen = text.replace("  # vgg16: 06a_vgg16", "  vgg16: 06a_vgg16").replace("profile: demo", f"profile: {profile}")
+        (tmp_path / "params.yaml").write_text(chosen)
+        study = Study(profile, tmp_path, tmp_path, load_params(tmp_path))
+        assert study.networks["vgg16"] == "06a_vgg16" and settings_of(study, "vgg16")["size"] in (80, 224, 32)
+    dvc = Path(sys.executable).parent / "dvc"
+    subprocess.run([dvc, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    listed = subprocess.run([dvc, "stage", "list", "--name-only"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "train@vgg16" in listed.split()

@@ -138,7 +138,9 @@ def said(table: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
         if not len(shown) and len(undefined) < len(part):
             sentences.append(f"No network is better than another: {unit[test]}, smallest p = {part['p_holm'].min():.2g} "
                              f"after Holm's correction over {part['p'].notna().sum()} pairs.")
-        sentences += [f"{titles[r.a]} and {titles[r.b]} were not compared: {unit[test]}; {r.why}." for r in undefined.itertuples()]
+        for why, of in undefined.groupby("why"):
+            which = ", ".join(f"{titles[r.a]} and {titles[r.b]}" for r in of.itertuples())
+            sentences.append(f"Not compared by {unit[test]}: {which}; {why}.")
     return sentences
 
 # %% ../nbs/08c_evidence.ipynb #c018
@@ -240,7 +242,7 @@ def beside_paper(protocols: Mapping[str, Mapping], names: Sequence[str]) -> pd.D
 
 def reliability_figure(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str], found: pd.DataFrame) -> Figure:
     "A reliability diagram for each network, dots as large as their share of slices, bars the intervals"
-    columns = min(3, len(tables))
+    columns = 2 if len(tables) == 4 else min(3, len(tables))
     lines = -(-len(tables) // columns)
     fig = Figure(figsize=(3.5 * columns, 3.6 * lines + 0.7), layout="constrained")
     axes = fig.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
@@ -252,6 +254,7 @@ def reliability_figure(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, 
         row = found.set_index("name").loc[name]
         ax.set_title(f"{titles[name]}\ncalibration error {row['ece']:.2f} ({row['ece_low']:.2f} to {row['ece_high']:.2f})", fontsize=9)
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        ax.tick_params(labelbottom=True)
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[len(tables):]:
         ax.set_visible(False)

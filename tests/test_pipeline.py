@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["collect", "preprocess", "train@resnet50", "tune", "finetune", "compare", "explain", "export", "monitor", "readme"]
+STAGES = ["collect", "preprocess", "train@resnet50", "tune", "finetune", "compare", "evidence", "explain", "export", "monitor", "readme"]
 
 
 class Project:
@@ -75,7 +75,7 @@ def test_it_runs_from_end_to_end(project):
             assert metric["auc"]["value"] is None or metric["auc"]["low"] <= metric["auc"]["value"] <= metric["auc"]["high"]
     assert (project.folder / "models/champion/card.json").is_file()
     executed = sorted(p.name for p in (reports / "notebooks").iterdir())
-    assert len(executed) == 12 and all(p.endswith(".ipynb") and not p.startswith(".") for p in executed)
+    assert len(executed) == 13 and all(p.endswith(".ipynb") and not p.startswith(".") for p in executed)
     assert "## What it is not" in (project.folder / "README.md").read_text()
 
 

@@ -105,7 +105,7 @@ def differences(predictions: pd.DataFrame, names: Sequence[str], positive: str, 
             found = mcnemar(*right)
             rows.append(pair | {"protocol": "holdout", "test": "McNemar", "n": len(y), "p": found["p"],
                                 "difference": (found["only_a"] - found["only_b"]) / len(y)})
-        if len(grouped):
+        if {a, b} <= set(grouped["network"]):  # a fine-tuned network has no folds
             auc = {n: {key: metrics.weighted_auc(t["label"] == positive, t[f"p_{positive}"], np.ones(len(t)))[0]
                        for key, t in grouped[grouped["network"] == n].groupby(["repeat", "fold"])} for n in (a, b)}
             folds = grouped["fold"].nunique()
@@ -171,10 +171,11 @@ def calibration(labels01: Sequence[int], p: Sequence[float], groups: Sequence, d
     cut = np.clip(p, 1e-7, 1 - 1e-7)
     x = np.c_[np.ones(len(y)), np.log(cut / (1 - cut))]
     beta = _logistic(x, y)
-    if beta is None:
+    q = np.zeros(len(y)) if beta is None else 1 / (1 + np.exp(-x @ beta))
+    information = x.T @ (x * (q * (1 - q))[:, None])
+    if beta is None or np.linalg.cond(information) > 1e10:
         return result | {"why": "no slope: p is constant, or separates the classes"}
-    q = 1 / (1 + np.exp(-x @ beta))
-    bread = np.linalg.inv(x.T @ (x * (q * (1 - q))[:, None]))
+    bread = np.linalg.inv(information)
     sums = pd.DataFrame(x * (y - q)[:, None]).groupby(np.asarray(list(groups))).sum().to_numpy()
     half = norm.ppf(0.975) * np.sqrt(np.diag(bread @ sums.T @ sums @ bread) * len(sums) / max(len(sums) - 1, 1))
     for name, b, h in zip(("intercept", "slope"), beta, half, strict=True):
@@ -185,7 +186,7 @@ def calibration(labels01: Sequence[int], p: Sequence[float], groups: Sequence, d
 def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
     "Newton's method; None where it has no finite answer"
     beta = np.zeros(x.shape[1])
-    if np.ptp(x[:, 1]) < 1e-9 or y.all() or not y.any():
+    if np.ptp(x[:, 1]) < 1e-3 or y.all() or not y.any():
         return None
     positive, other = x[y, 1], x[~y, 1]
     if other.max() <= positive.min() or positive.max() <= other.min():

@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import shutil
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -476,6 +477,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
     parts = {part: manifest[manifest["split"] == part] for part in ("train", "validation")}
     files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in parts.items()}
     labels = {part: class_indices(rows, study) for part, rows in parts.items()}
+    start = time.monotonic()
     with tracked(study, f"train {name}", {"network": name, **settings}):
         if settings["method"] == "scratch":
             for layer in _norms(model):  # the run has few steps, so batch normalisation forgets faster than by default
@@ -485,6 +487,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
             curve = Learner(model, settings).fit(batches, labels["train"], int(np.ceil(len(files["train"]) / settings["batch"])),
                                                  lambda: (look(files["validation"]), labels["validation"]),
                                                  study.classes.index(study.positive), name)
+            seconds = time.monotonic() - start
             predictions = spread = pd.DataFrame()
         else:
             if settings["weights"] == "none":
@@ -492,13 +495,16 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
             body, top = cut(model, "features")
             features = all_features(body, manifest, study)
             head = Learner(top, settings)
+            seconds = time.monotonic() - start
             predictions = cross_validate(head, features, manifest, study, name)
+            start = time.monotonic()
             curve = fit_head(head, features, parts["train"], parts["validation"], study)
+            seconds += time.monotonic() - start
             spread = seed_spread(model, features, parts["train"], parts["validation"], settings, study)
         held = predict_slices(model, files["validation"])
         validation = prediction_rows(parts["validation"], held, study.classes, network=name, protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([validation, predictions], ignore_index=True)
-        save_all(study, model, network, settings, curve, predictions)
+        save_all(study, model, network, settings, curve, predictions, seconds)
         if len(spread):
             write_csv(study.candidate(name) / "seeds.csv", spread)
         log_run(study, model, name, curve, parts["validation"]["image_id"].iloc[:2])
@@ -526,9 +532,9 @@ def all_features(body: keras.Model, manifest: pd.DataFrame, study: Study) -> Fea
 
 
 def save_all(study: Study, model: keras.Model, network: Network, settings: dict, curve: pd.DataFrame, predictions: pd.DataFrame,
-             name: str | None = None, **more) -> None:
+             seconds: float, name: str | None = None, **more) -> None:
     """Write models/<name>/ (model.keras, card.json) and the candidate's reports (curve.csv, predictions.csv, the card). `more`
-    stands in the card too."""
+    stands in the card too; the `seconds` that the training took stand apart, for they differ from run to run and nothing else does."""
     name = name or network.name
     with atomic(study.models / name) as folder:
         folder.mkdir()
@@ -544,6 +550,7 @@ def save_all(study: Study, model: keras.Model, network: Network, settings: dict,
         shutil.copyfile(study.models / name / "card.json", folder / "card.json")
         write_csv(folder / "curve.csv", curve)
         write_csv(folder / "predictions.csv", predictions)
+    write_json(study.report("timings", f"{name}.json"), {"training_seconds": seconds})
 
 
 def log_run(study: Study, model: keras.Model, name: str, curve: pd.DataFrame, image_ids: Sequence[str]) -> None:
@@ -589,7 +596,8 @@ def show_curves(curves: Mapping[str, pd.DataFrame]) -> Figure:
     for panel, what in zip(panels, ("loss", "AUC"), strict=True):
         panel.set(xlabel="epoch", ylabel=what)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[1].legend(frameon=False, title="validation (thin: training)")
+    panels[0].set(yscale="log", ylabel="loss (log scale)")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, title="validation\n(thin: training)")
     best = min(curves, key=lambda name: curves[name]["val_loss"].min())
     figure.suptitle(f"The lowest validation loss, {curves[best]['val_loss'].min():.3f}, is that of {best}")
     return figure

@@ -177,11 +177,13 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
         tuned = add_head(body, len(study.classes), told, study.seed)
         head = Learner(cut(tuned, "features")[1], told)
         folds = cross_validate(head, features, manifest, study, "tuned") if told["method"] == "head" else pd.DataFrame()
+        start = time.monotonic()
         curve = fit_head(head, features, train, validation, study)
+        seconds = time.monotonic() - start
         held = prediction_rows(validation, head.predict([features.values[features.at(validation)]]), study.classes, network="tuned",
                                protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([held, folds], ignore_index=True)
-        save_all(study, tuned, load_network(name), told, curve, predictions, name="tuned")
+        save_all(study, tuned, load_network(name), told, curve, predictions, seconds, name="tuned")
         log_run(study, tuned, "tuned", curve, validation["image_id"].iloc[:2])
         untuned = pd.read_csv(study.reports / "networks" / name / "predictions.csv", dtype={"image_id": str, "group": str})
         compared = paired(untuned, predictions, study)

@@ -148,7 +148,7 @@ def test_same_seed_same_numbers_bit_for_bit(project):
     again = ["collect", "preprocess", "train@resnet50", "train@inceptionv3", "tune", "finetune", "compare"]
     project.run("dvc", "repro", "--force", "--single-item", *again)
     assert project.results() == before
-    assert project.ran() in ([], ["export"], ["export", "monitor", "readme"])
+    assert project.ran() == [], "what depends on the repeated stages has nothing new to read"
     predictions = project.folder / "reports/smoke/networks/resnet50/predictions.csv"
     first = pd.read_csv(predictions)
     project.params(lambda p: p.update(seed=1))

@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one notebook of the study, as a DVC stage does")
     run.add_argument("notebook", help="its name in nbs/, such as 02_preprocessing")
     run.add_argument("--profile", help="default: the one in params.yaml")
+    commands.add_parser("report", help="run 14_report and render it as one HTML page, as the last DVC stage does")
     commands.add_parser("worker", help="work off trials of the search that runs at the address tune.chief of params.yaml")
     audit = commands.add_parser("audit", help="how far a folder of class sub-folders can be trusted: copies, leakage, shortcuts")
     audit.add_argument("folder", type=Path)
@@ -93,20 +94,25 @@ def main(words: list[str] | None = None) -> int:
             open_study()
         elif arguments.command == "run":
             print(run_stage(arguments.notebook, arguments.profile))
+        elif arguments.command == "report":
+            from deeptumornet.report import report
+
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+            print(f"report → {report()}")
         elif arguments.command == "worker":
             print(f"{work()} trials were worked off")
         else:
             if arguments.command == "audit":
                 from deeptumornet import audit
 
-                report = audit_folder(arguments.folder.resolve())
-                said = f"{audit.text(report)}\n\n{report['verdict']}"
+                found = audit_folder(arguments.folder.resolve())
+                said = f"{audit.text(found)}\n\n{found['verdict']}"
             else:
                 from deeptumornet.external import external, text
 
-                report = external(arguments.train, arguments.test, arguments.positive.split(","), arguments.negative.split(","), arguments.weights)
-                said = text(report)
-            print(json.dumps(report, indent=1, ensure_ascii=False) if arguments.json else said)
+                found = external(arguments.train, arguments.test, arguments.positive.split(","), arguments.negative.split(","), arguments.weights)
+                said = text(found)
+            print(json.dumps(found, indent=1, ensure_ascii=False) if arguments.json else said)
     except StudyError as error:
         print(f"deeptumornet: {error}", file=sys.stderr)
         return 1

@@ -39,7 +39,7 @@ class StudyError(Exception):
 
 # %% ../nbs/00_study.ipynb #c007
 PROFILES = ("demo", "paper", "smoke")
-STAGES = ("collect", "preprocess", "train", "tune", "finetune", "compare", "explain", "export")
+STAGES = ("collect", "preprocess", "train", "tune", "finetune", "compare", "cost", "explain", "export")
 _CHOICES = {
     ("preprocess", "normalise"): ("lungs", "masked", "scaling", "clahe"), ("train", "method"): ("scratch", "head"),
     ("train", "optimizer"): ("adam", "adamw", "rmsprop"), ("train", "schedule"): ("constant", "cosine"),

@@ -550,7 +550,8 @@ def save_all(study: Study, model: keras.Model, network: Network, settings: dict,
         shutil.copyfile(study.models / name / "card.json", folder / "card.json")
         write_csv(folder / "curve.csv", curve)
         write_csv(folder / "predictions.csv", predictions)
-    write_json(study.report("timings", f"{name}.json"), {"training_seconds": seconds})
+    timing = study.reports / "timings" / study.candidate(name).relative_to(study.reports).with_suffix(".json")
+    write_json(timing, {"training_seconds": seconds})
 
 
 def log_run(study: Study, model: keras.Model, name: str, curve: pd.DataFrame, image_ids: Sequence[str]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,18 +22,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import metrics
-from .comparison import _said
+from .collection import catalogue
+from .comparison import _said, p_columns
 from .groups import random_split
 from .lungs import Field, find_lungs, see
-from .preprocessing import read_slice
+from .preprocessing import complete, examine, read_slice
 from .study import Study, StudyError
 
 if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['ALTERATIONS', 'altered', 'control_rows', 'control_sentences', 'permuted', 'by_lot', 'subgroups', 'control_figure',
-           'worst_errors', 'gallery']
+__all__ = ['ALTERATIONS', 'altered', 'control_rows', 'control_sentences', 'permuted', 'by_lot', 'subgroups', 'external_manifest',
+           'external_rows', 'control_figure', 'worst_errors', 'gallery']
 
 # %% ../nbs/08e_controls.ipynb #c007
 def _blacked(pixels: np.ndarray, field: Field) -> np.ndarray:
@@ -94,7 +96,7 @@ def control_sentences(table: pd.DataFrame, titles: Mapping[str, str]) -> list[st
             continue
         said = _said({"value": row["auc"], "low": row["low"], "high": row["high"]})
         sentences.append(f"{titles[name]} uses a shortcut: with the lungs blacked out its AUC is still {said}." if row["low"] > 0.5 else
-                         f"{titles[name]} shows no shortcut outside the lungs: with them blacked out its AUC is {said}.")
+                         f"No shortcut outside the lungs is shown for {titles[name]}: with them blacked out its AUC is {said}.")
     return sentences
 
 # %% ../nbs/08e_controls.ipynb #c016
@@ -155,6 +157,38 @@ def subgroups(predictions: pd.DataFrame, rows: pd.DataFrame, positive: str, draw
     return pd.DataFrame(found)
 
 # %% ../nbs/08e_controls.ipynb #c028
+def external_manifest(study: Study, slices: Path) -> pd.DataFrame:
+    """The kept slices of the folder that `external` names, prepared into `slices`: a manifest with groups, exact copies left out.
+
+    Raises StudyError where it is no folder, or a class has no slice in it."""
+    told, settings = study.settings["external"], study["preprocess"]
+    folder = (study.root / told["source"]).resolve()
+    if not folder.is_dir():
+        raise StudyError(f"{folder}, which external.source in params.yaml names, is not a folder: correct the line, or leave it empty")
+    sides = {sub.name: label for sub in sorted(folder.iterdir()) if sub.is_dir() for label in study.classes
+             if fnmatch(sub.name.lower(), told["folders"].get(label, label).lower())}
+    found = catalogue(folder, list(sides), "external", prefix=".")
+    manifest, _, fields = examine(found.assign(label=found["label"].map(sides)), folder, settings, study.settings["quality"], slices)
+    manifest = complete(manifest, fields, settings)
+    kept = manifest[manifest["status"] == "kept"].reset_index(drop=True)
+    for label in study.classes:
+        if not (kept["label"] == label).any():
+            raise StudyError(f"{folder} has no slice of class {label!r} (sub-folders: {', '.join(sides) or 'none matches'}): name its pattern in external.folders")
+    return kept
+
+
+def external_rows(predictions: pd.DataFrame, study: Study, chosen: Mapping[str, Mapping]) -> pd.DataFrame:
+    "One row for each network of `predictions` (label, group, p_<class> of external slices): n, n_groups, and AUC and decisions at our threshold, with intervals"
+    rows = []
+    for name, table in predictions.groupby("network", sort=False):
+        p = metrics.calibrate(table[p_columns(study.classes)].to_numpy(), chosen[name]["temperature"])[:, study.classes.index(study.positive)]
+        for threshold, words in ((chosen[name]["threshold"], ("auc", "sensitivity", "specificity")), (0.5, ("balanced_accuracy",))):
+            s = metrics.summarise(table["label"] == study.positive, p, table["group"], threshold, study["compare"]["draws"], study.seed, study.positive)
+            rows += [{"name": name, "metric": m, "value": s[m]["value"], "low": s[m]["low"], "high": s[m]["high"], "threshold": threshold,
+                      "n": s["n"], "n_groups": s["n_groups"], "why": s[m].get("why", "")} for m in words]
+    return pd.DataFrame(rows)
+
+# %% ../nbs/08e_controls.ipynb #c031
 def control_figure(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     "AUC of each network under each control, with intervals; grey: chance"
     names = list(table["name"].unique())
@@ -175,7 +209,7 @@ def control_figure(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     fig.suptitle(f"What is left when the lungs cannot be seen ({s['n']} slices, {s['n_groups']} groups; bars 95 %, dashed: chance)", fontsize=10)
     return fig
 
-# %% ../nbs/08e_controls.ipynb #c031
+# %% ../nbs/08e_controls.ipynb #c034
 def worst_errors(predictions: pd.DataFrame, positive: str, threshold: float, shown: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The `shown` misses and false alarms of one network's hold-out `predictions` that are furthest from the truth, worst first"
     p, is_positive = predictions[f"p_{positive}"], predictions["label"] == positive
@@ -185,13 +219,13 @@ def worst_errors(predictions: pd.DataFrame, positive: str, threshold: float, sho
 
 def gallery(found: Sequence[tuple[str, pd.DataFrame]], slices: Path, positive: str, shown: int) -> Figure:
     "The slices of each (title, predictions) in `found`, a row for each title, with the probability given"
-    fig = Figure(figsize=(1.7 * shown, 2.1 * len(found)), layout="constrained")
-    for row, (title, table) in zip(fig.subplots(len(found), shown, squeeze=False), found, strict=True):
-        for ax, item in zip(row, [*table.to_dict("records"), *[None] * (shown - len(table))], strict=False):
+    fig = Figure(figsize=(1.7 * shown, 2.2 * len(found)), layout="constrained")
+    for part, (title, table) in zip(fig.subfigures(len(found), 1), found, strict=True):
+        part.suptitle(title if len(table) else f"{title}: none", fontsize=9, fontweight="bold", x=0.01, ha="left")
+        for ax, item in zip(part.subplots(1, shown), [*table.to_dict("records"), *[None] * (shown - len(table))], strict=False):
             ax.axis("off")
             if item:
                 with Image.open(slices / f"{item['image_id']}.png") as picture:
                     ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
                 ax.set_title(f"{item[f'p_{positive}']:.2f}", fontsize=8)
-        row[0].text(0, 1.22, title if len(table) else f"{title}: none", transform=row[0].transAxes, fontsize=9, fontweight="bold")
     return fig

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['grad_cam', 'scrambled', 'sanity', 'pointing_game']
+__all__ = ['METHODS', 'grad_cam', 'scrambled', 'occlusion', 'sanity', 'pointing_game']
 
 # %% ../nbs/09_explanation.ipynb #c007
 def _after_backbone(model: keras.Model) -> list:
@@ -62,13 +62,37 @@ def scrambled(model: keras.Model, seed: int) -> keras.Model:
             variable.assign(rng.permutation(variable.numpy().ravel()).reshape(variable.shape))
     return copy
 
-# %% ../nbs/09_explanation.ipynb #c013
-def sanity(model: keras.Model, slices: np.ndarray, positive: int, seed: int) -> float:
-    "Mean Spearman correlation (-1..1) of the heat maps of `model` and its scrambled copy; constant maps count 0"
-    pairs = zip(grad_cam(model, slices, positive), grad_cam(scrambled(model, seed), slices, positive), strict=True)
+# %% ../nbs/09_explanation.ipynb #c009
+def occlusion(model: keras.Model, slices: np.ndarray, positive: int, cells: int = 7) -> np.ndarray:
+    """Heat maps (float32, n × cells × cells, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class number `positive`: how far its
+    log odds fall when a square around the cell is grey; rises are cut off."""
+    import tensorflow as tf
+
+    run = tf.function(lambda batch: model(batch, training=False), autograph=False, reduce_retracing=True)
+    size = slices.shape[1]
+    middles, half, heats = (np.arange(cells) + 0.5) * size / cells, size / cells, []
+    for picture in slices:
+        hidden = np.repeat(picture[None].astype("float32"), cells * cells + 1, axis=0)
+        for k, (y, x) in enumerate((y, x) for y in middles for x in middles):
+            top, left = max(0, round(y - half)), max(0, round(x - half))
+            hidden[k, top:round(y + half), left:round(x + half)] = np.median(picture)
+        p = np.clip(np.concatenate([run(part[..., None]).numpy()[:, positive] for part in np.array_split(hidden, 2)]), 1e-7, 1 - 1e-7)
+        odds = np.log(p / (1 - p))
+        heats.append(np.maximum(odds[-1] - odds[:-1], 0).reshape(cells, cells))
+    heat = np.stack(heats)
+    return heat / np.maximum(heat.max(axis=(1, 2), keepdims=True), 1e-12)
+
+
+METHODS = {"Grad-CAM": grad_cam, "occlusion": occlusion}
+
+# %% ../nbs/09_explanation.ipynb #c017
+def sanity(method: str, model: keras.Model, slices: np.ndarray, positive: int, seed: int) -> float:
+    "Mean Spearman correlation (-1..1) of the heat maps of `model` and its scrambled copy by a method of METHODS; constant maps count 0"
+    heat = METHODS[method]
+    pairs = zip(heat(model, slices, positive), heat(scrambled(model, seed), slices, positive), strict=True)
     return float(np.mean([0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else spearmanr(a.ravel(), b.ravel()).statistic for a, b in pairs]))
 
-# %% ../nbs/09_explanation.ipynb #c016
+# %% ../nbs/09_explanation.ipynb #c020
 def pointing_game(study: Study, rows: pd.DataFrame, heat: np.ndarray) -> pd.DataFrame:
     """For each of `rows` whose mass is known (raw labels.csv): `hit`, whether the peak of its heat map (n × h × w) falls on
     the mass, and `chance`, the share of lung pixels that would be a hit. Empty where no mass is known."""

@@ -14,14 +14,54 @@ from PIL import Image
 from sklearn.metrics import precision_recall_curve
 
 from . import metrics
-from .comparison import WHERE, _said, _slice_key, best_baseline, colours_of, headline, winners
+from .comparison import BASELINES, PUBLISHED, WHERE, _said, _slice_key, at_half, best_baseline, colours_of, headline, winners
 from .evidence import PAPER, PAPER_LOSS
 
 # %% auto #0
-__all__ = ['BARS', 'SCENARIOS', 'performance_figure', 'comparative_figure', 'pr_figure', 'cliques', 'difference_figure',
-           'example_figure', 'recommend']
+__all__ = ['BARS', 'SCENARIOS', 'worth_rows', 'worth_figure', 'performance_figure', 'comparative_figure', 'pr_figure', 'cliques',
+           'difference_figure', 'example_figure', 'recommend']
 
 # %% ../nbs/08f_paper.ipynb #c007
+def worth_rows(result: Mapping, external: pd.DataFrame | None) -> pd.DataFrame:
+    "step, what (network or baseline), value, low, high, n, n_groups: balanced accuracy at 0.5 of the best network and the best baseline at each step"
+    rows, titles = [], result["titles"]
+    steps = {"published": "random split over files\n(the paper's protocol)", "grouped": "groups kept together,\ncopies removed", "holdout": "held-out groups"}
+    for protocol, step in steps.items():
+        scores = {n: at_half(s, "balanced_accuracy") | {"n": s["n"], "n_groups": s["n_groups"]} for n, s in result["protocols"].get(protocol, {}).items()}
+        for what, names in (("network", [n for n in scores if n not in BASELINES]), ("baseline", [n for n in scores if n in BASELINES])):
+            known = [n for n in names if scores[n]["value"] is not None]
+            if known:
+                best = max(known, key=lambda n: scores[n]["value"])
+                rows.append({"step": step, "what": what, "title": titles.get(best, best), **{k: scores[best][k] for k in ("value", "low", "high", "n", "n_groups")}})
+    if external is not None:
+        best = external[external["metric"] == "balanced_accuracy"].nlargest(1, "value").iloc[0]
+        rows.append({"step": "another hospital", "what": "network", "title": titles[best["name"]], **best[["value", "low", "high", "n", "n_groups"]]})
+    return pd.DataFrame(rows)
+
+
+def worth_figure(rows: pd.DataFrame, leakage: Mapping) -> Figure:
+    "The steps from top to bottom, the best network and the best baseline at each, and the published accuracy"
+    steps = list(rows["step"].unique())
+    fig = Figure(figsize=(8, 1.6 + 0.9 * len(steps)), layout="constrained")
+    ax = fig.subplots()
+    ax.axvline(PUBLISHED, color="#8A5F00", lw=1.5, ls="--")
+    ax.text(PUBLISHED, -0.62, f"the paper: {PUBLISHED:.2%} ", ha="right", va="center", fontsize=8.5, color="#8A5F00")
+    for row in rows.itertuples():
+        y, (colour, marker) = steps.index(row.step) + (-0.14 if row.what == "network" else 0.14), {"network": ("#0072B2", "o"), "baseline": ("#777777", "s")}[row.what]
+        if not pd.isna(row.low):
+            ax.plot([row.low, row.high], [y, y], color=colour, lw=3, solid_capstyle="butt")
+        ax.plot(row.value, y, marker, color=colour, ms=7)
+        ax.text(1.03, y, f"{row.title} {row.value:.0%}" + ("" if pd.isna(row.low) else f" ({row.low:.0%} to {row.high:.0%})"), va="center", fontsize=8.5, color=colour)
+    ax.axvline(0.5, color="#CCCCCC", lw=1)
+    ax.set_yticks(range(len(steps)), [f"{step}\n{r.n} slices, {r.n_groups} groups" for step in steps for r in [rows[rows["step"] == step].iloc[0]]], fontsize=8.5)
+    ax.set(xlim=(0.28, 1.01), ylim=(len(steps) - 0.5, -0.8), xlabel="Balanced accuracy, 95 % interval (grey line: chance)")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    fig.suptitle(f"Round: the best network. Square: the best baseline, which sees no lungs.\nIn a random split {leakage['same_pixels']:.0%} of the test files "
+                 "stand pixel for pixel in the training part", fontsize=10, x=0.01, ha="left")
+    return fig
+
+# %% ../nbs/08f_paper.ipynb #c010
 BARS = {"accuracy": "accuracy", "precision": "precision", "sensitivity": "recall (sensitivity)", "f1": "F1", "specificity": "specificity"}
 "The metrics that the published study reports, and their names"
 
@@ -53,7 +93,7 @@ def performance_figure(result: Mapping, name: str) -> Figure:
     fig.suptitle(f"{result['titles'][name]}, weights: {result['weights'].get(name, 'unknown')}", fontsize=11, fontweight="bold")
     return fig
 
-# %% ../nbs/08f_paper.ipynb #c010
+# %% ../nbs/08f_paper.ipynb #c013
 def comparative_figure(result: Mapping, names: Sequence[str]) -> Figure:
     "The paper's metrics, a panel each, of the networks and the best baseline in the headline protocol; the line is the published value"
     protocol, titles = headline(result["protocols"]), result["titles"]
@@ -77,7 +117,7 @@ def comparative_figure(result: Mapping, names: Sequence[str]) -> Figure:
     fig.suptitle(f"Networks and the best baseline {WHERE[protocol]}: {s['n']} slices, {s['n_groups']} groups; dashed: the paper", fontsize=10)
     return fig
 
-# %% ../nbs/08f_paper.ipynb #c013
+# %% ../nbs/08f_paper.ipynb #c016
 def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
     "Precision-recall curves of networks and baselines in the headline protocol, average precision with its interval; grey: chance"
     protocol, titles, positive = headline(result["protocols"]), result["titles"], result["positive"]
@@ -101,7 +141,7 @@ def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
     ax.legend(title="average precision (95 % interval over groups)", fontsize=8, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), frameon=False)
     return fig
 
-# %% ../nbs/08f_paper.ipynb #c016
+# %% ../nbs/08f_paper.ipynb #c019
 def cliques(order: Sequence[str], apart: set[frozenset[str]]) -> list[tuple[str, ...]]:
     "The longest runs of two or more neighbours in `order` of which no pair is in `apart`"
     runs = [tuple(order[i:j]) for i in range(len(order)) for j in range(i + 2, len(order) + 1)
@@ -135,7 +175,7 @@ def difference_figure(result: Mapping, pairs: pd.DataFrame, names: Sequence[str]
     ax.set_title(f"{test}, Holm's correction, 5 %: {what}. A bar joins networks that are not told apart", fontsize=9, loc="left")
     return fig
 
-# %% ../nbs/08f_paper.ipynb #c020
+# %% ../nbs/08f_paper.ipynb #c023
 def example_figure(predictions: pd.DataFrame, names: Sequence[str], titles: Mapping[str, str], slices: Path, classes: Sequence[str],
                    positive: str, thresholds: Mapping[str, float]) -> Figure:
     "For each network and class the hold-out slice of median probability of `positive`, with probability, decision and truth"
@@ -157,7 +197,7 @@ def example_figure(predictions: pd.DataFrame, names: Sequence[str], titles: Mapp
     fig.suptitle(f"Probability of {positive} for the median slice of each class", fontsize=10)
     return fig
 
-# %% ../nbs/08f_paper.ipynb #c023
+# %% ../nbs/08f_paper.ipynb #c026
 SCENARIOS = {
     "high-accuracy hospital": ("auc_low", False, "lower end of the AUC"),
     "AI-assisted radiology in the cloud": ("slices_per_second", False, "slices a second"),

@@ -31,10 +31,10 @@ def sentences(lines: Sequence[str]) -> Markdown:
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
-def table(rows: pd.DataFrame, caption: str) -> HTML:
-    "A table with a caption, numbers with two digits, that scrolls sideways where the page is narrow"
+def table(rows: pd.DataFrame, caption: str, prose: bool = False) -> HTML:
+    "A table with a caption, numbers with two digits, that scrolls sideways where the page is narrow; `prose`: its cells may break lines"
     shown = rows.to_html(index=False, border=0, float_format=lambda v: f"{v:.2f}", na_rep="not defined", escape=True)
-    return HTML(f'<figure class="table" tabindex="0" role="region" aria-label="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption>{shown}</figure>')
+    return HTML(f'<figure class="table{" prose" * prose}" tabindex="0" role="region" aria-label="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption>{shown}</figure>')
 
 
 def result_rows(scores: Mapping[str, Mapping], titles: Mapping[str, str], weights: Mapping[str, str]) -> pd.DataFrame:
@@ -45,7 +45,7 @@ def result_rows(scores: Mapping[str, Mapping], titles: Mapping[str, str], weight
     return pd.DataFrame([{"": titles.get(name, name), "weights": "baseline" if name in BASELINES else weights.get(name, "unknown"),
                           "slices": s["n"], "groups": s["n_groups"], **{word: _said(s[m]) for m, word in words.items()}} for name, s in scores.items()])
 
-# %% ../nbs/14_report.ipynb #c045
+# %% ../nbs/14_report.ipynb #c047
 def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping, controls: Sequence[str]) -> str:
     "The champion's model card as Markdown: intended use, data, metrics with intervals, limits, ethics; every number from `reports/`"
     name, titles = champion["network"], result["titles"]
@@ -70,7 +70,7 @@ def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping,
                       "**Ethics.** Fairness across age, sex and origin cannot be examined where the data do not state them. A wrong answer that sounds sure can harm: "
                       "the service shows the interval of its sensitivity and specificity beside each answer.", ""])
 
-# %% ../nbs/14_report.ipynb #c048
+# %% ../nbs/14_report.ipynb #c050
 NOT = "not done"
 
 CLAIM = (
@@ -150,7 +150,7 @@ def checklist(items: Sequence[tuple[str, str, str]], study: Study) -> pd.DataFra
         rows.append({"item": item, "answer": there or NOT, "remark": remark if there or where == NOT else f"{where} was not made in this run. {remark}".strip()})
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_report.ipynb #c052
+# %% ../nbs/14_report.ipynb #c054
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --soft: #f2f4f6; --line: #c9ced4; --link: #00558c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16191d; --soft: #22272d; --line: #454c54; --link: #8cc8ff; } }
@@ -160,13 +160,14 @@ h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px so
 details { margin: .4rem 0; font-size: .85rem; } summary { cursor: pointer; color: var(--link); }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem; } figure.table { margin: 1rem 0; overflow-x: auto; }
 figcaption { font-weight: 600; margin-bottom: .3rem; text-align: left; } table { border-collapse: collapse; font-size: .85rem; }
+td { white-space: nowrap; } figure.table.prose td { white-space: normal; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 400; } tbody tr:nth-child(odd) { background: var(--soft); }
 """
 
 _TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
 {% block input_group %}<details><summary>code</summary>{{ super() }}</details>{% endblock %}
-{% block in_prompt %}{% endblock %}{% block output_prompt %}{% endblock %}"""
+{% block output_prompt %}{% endblock %}{% block output_area_prompt %}{% endblock %}"""
 
 
 def render(executed: Path, target: Path, title: str) -> Path:

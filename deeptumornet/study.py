@@ -61,7 +61,7 @@ def check_params(params: dict, root: Path) -> dict:
     def wrong(what: str, value: Any, allowed: Iterable[str]) -> StudyError:
         return StudyError(f"params.yaml: {what} {value!r} is unknown; choose {', '.join(map(str, allowed))}")
 
-    for key in ("profile", "seed", "classes", "positive", "networks", "tune_on", "quality"):
+    for key in ("profile", "seed", "classes", "positive", "networks", "tune_on", "external", "quality"):
         if key not in params:
             raise StudyError(f"params.yaml: the line {key!r} is missing; take it from the repository's params.yaml")
     if params["profile"] not in PROFILES or params["profile"] not in params:
@@ -88,9 +88,10 @@ def check_params(params: dict, root: Path) -> dict:
     for name in profile["finetune"].get("networks", []):
         if name not in params["networks"]:
             raise wrong("network in finetune.networks", name, params["networks"])
-    for name in profile["collect"].get("folders", {}):
-        if name not in params["classes"]:
-            raise wrong("class in collect.folders", name, params["classes"])
+    for where, folders in (("collect.folders", profile["collect"].get("folders", {})), ("external.folders", params["external"]["folders"])):
+        for name in folders:
+            if name not in params["classes"]:
+                raise wrong(f"class in {where}", name, params["classes"])
     for key, value in profile["train"].items():
         if isinstance(value, dict) and key != "augment":
             for name in (set(value) - {"others"}) ^ set(params["networks"]):

@@ -110,7 +110,7 @@ def test_dvc_commands_are_of_use(project):
     ("a notebook's line", "nbs/06_nasnetmobile.ipynb", ("\"## Training it\\n\"", "\"## Training it now\\n\""), {"train@nasnetmobile"}),
     ("a module's line", "deeptumornet/explanation.py", ("import annotations", "import annotations  # changed"), {"explain", "export"}),
     ("a stage's parameter", "params.yaml", ("tolerance: 0.01", "tolerance: 0.02"), {"check", "export"}),
-    ("a data file", "data/raw/adenocarcinoma/notes.txt", ("A note", "Another note"), {"collect", "preprocess", "explain"}),
+    ("a data file", "data/raw/adenocarcinoma/notes.txt", ("A note", "Another note"), {"collect", "preprocess", "controls", "explain"}),
 ])
 def test_a_changed_line_reruns_what_it_must(project, what, file, text, expected):
     path = project.folder / file

@@ -35,7 +35,7 @@ mlflow: .venv/.ready ## every run, in the browser
 	@mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 lab: .venv/.ready ## the notebooks in JupyterLab
-	@jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url= nbs/index.ipynb
+	@jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url= $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
 
 serve: .venv/.ready ## the champion as a web page and a REST service
 	@deeptumornet serve

@@ -19,7 +19,7 @@ from pathlib import Path
 from .study import StudyError, open_study, project_root, run_notebook
 
 # %% auto #0
-__all__ = ['AUDITED', 'THREADS', 'run_stage', 'audit_folder', 'exported', 'predict_files', 'serve', 'parser', 'main']
+__all__ = ['AUDITED', 'THREADS', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'serve', 'parser', 'main']
 
 # %% ../nbs/13_commands.ipynb #c006
 def _end_with_parent(parent: int) -> None:
@@ -35,6 +35,16 @@ def run_stage(notebook: str, profile: str | None) -> str:
     return f"{notebook} → {run_notebook(notebook, study.profile, '.').relative_to(study.root)}"
 
 # %% ../nbs/13_commands.ipynb #c008
+def work() -> int:
+    "Work off trials of the search whose chief is at `tune.chief`; how many the search has in all. StudyError where no chief is named."
+    from deeptumornet.tuning import tune
+
+    study = open_study()
+    if not study["tune"]["chief"]:
+        raise StudyError("params.yaml: tune.chief is empty, so there is no search to work for: write the chief's host:port")
+    return len(tune(study, worker=True)[0])
+
+# %% ../nbs/13_commands.ipynb #c010
 AUDITED = {"size": 80, "normalise": "scaling", "hash_bits": 4, "correlation": 0.75}
 "How the slices of a folder are grouped: near copies by 4 of 64 bits in both hashes, neighbours by correlation of the lung fields (`02c_groups`)"
 
@@ -55,7 +65,7 @@ def audit_folder(folder: Path, seed: int = 0) -> dict:
     manifest, thumbnails, fields = examine(found, folder, AUDITED, {})
     return audit(complete(manifest, fields, AUDITED), thumbnails, seed)
 
-# %% ../nbs/13_commands.ipynb #c012
+# %% ../nbs/13_commands.ipynb #c014
 def exported(champion: Path | None) -> Path:
     "The folder of the exported model: `champion`, what DEEPTUMORNET_CHAMPION names, or the project's models/champion"
     return champion or (Path(os.environ["DEEPTUMORNET_CHAMPION"]) if os.environ.get("DEEPTUMORNET_CHAMPION") else project_root() / "models" / "champion")
@@ -76,7 +86,7 @@ def predict_files(files: list[Path], champion: Path | None = None) -> list[dict]
             said.append({"file": str(file), "error": str(error)})
     return said
 
-# %% ../nbs/13_commands.ipynb #c014
+# %% ../nbs/13_commands.ipynb #c016
 THREADS = 64
 "Requests that one process may have open: twice `serving.MOST_AT_ONCE`, so that those beyond it are told so at once"
 
@@ -98,7 +108,7 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None) -> N
         if code := process.wait():
             raise StudyError(f"the service ended with code {code}; what it printed says why")
 
-# %% ../nbs/13_commands.ipynb #c016
+# %% ../nbs/13_commands.ipynb #c018
 def parser() -> argparse.ArgumentParser:
     "The words that `deeptumornet` knows"
     top = argparse.ArgumentParser(prog="deeptumornet", description="Lung CT slices by transfer learning: a reproducible study.")
@@ -107,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one notebook of the study, as a DVC stage does")
     run.add_argument("notebook", help="its name in nbs/, such as 02_preprocessing")
     run.add_argument("--profile", help="default: the one in params.yaml")
+    commands.add_parser("worker", help="work off trials of the search that runs at the address tune.chief of params.yaml")
     audit = commands.add_parser("audit", help="how far a folder of class sub-folders can be trusted: copies, leakage, shortcuts")
     audit.add_argument("folder", type=Path)
     outside = commands.add_parser("external", help="fit on one folder, test on another: a frozen checkpoint, logistic regression, baselines")
@@ -136,6 +147,8 @@ def main(words: list[str] | None = None) -> int:
             open_study()
         elif arguments.command == "run":
             print(run_stage(arguments.notebook, arguments.profile))
+        elif arguments.command == "worker":
+            print(f"{work()} trials were worked off")
         elif arguments.command == "serve":
             serve(arguments.host, arguments.port, arguments.workers, arguments.champion)
         elif arguments.command == "predict":

@@ -55,9 +55,10 @@ def finetune(study: Study, name: str) -> pd.DataFrame:
         second = fine_tune(model, depth, train, validation, slow, study)
         curve = pd.concat([first.assign(phase="head"), second.assign(phase="network")], ignore_index=True)
         curve["epoch"] = range(len(curve))
+        seconds = time.monotonic() - start
         p = predict_slices(model, [study.slices / f"{i}.png" for i in validation["image_id"]])
         predictions = prediction_rows(validation, p, study.classes, network=f"finetuned/{name}", protocol="validation", repeat=0, fold=0)
-        save_all(study, model, load_network(name), told, curve, predictions, name=f"finetuned/{name}", cut=load_network(name).cuts[depth - 1],
-                 seconds=round(time.monotonic() - start, 1))
+        save_all(study, model, load_network(name), told, curve, predictions, seconds, name=f"finetuned/{name}",
+                 cut=load_network(name).cuts[depth - 1])
         log_run(study, model, f"finetuned/{name}", curve.drop(columns="phase"), validation["image_id"].iloc[:2])
     return curve

@@ -9,9 +9,10 @@ import importlib
 import json
 import re
 import shutil
+import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from .features import Kept, cut, decode, slice_dataset
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ['CAFFE_MEANS', 'LOW', 'Network', 'load_network', 'settings_of', 'deterministic', 'load_backbone', 'build_body',
            'add_head', 'save_model', 'load_model', 'augment', 'training_dataset', 'Learner', 'scores', 'shuffled',
            'settle', 'prediction_rows', 'class_indices', 'Features', 'fit_head', 'inner_split', 'jobs',
-           'cross_validate', 'predictor', 'predict_slices', 'fine_tune', 'train', 'all_features', 'save_all', 'log_run',
-           'show_curve']
+           'cross_validate', 'predictor', 'predict_slices', 'fine_tune', 'train', 'seed_spread', 'all_features',
+           'save_all', 'log_run', 'show_curve', 'show_curves']
 
 # %% ../nbs/03_training.ipynb #c007
 @dataclass(frozen=True)
@@ -375,10 +377,10 @@ class Features:
         return np.array([self.row[name] for name in rows["image_id"]], int)
 
 
-def fit_head(head: Learner, features: Features, train: pd.DataFrame, validation: pd.DataFrame, study: Study) -> pd.DataFrame:
-    "Train `head` on the slices `train`, ended by those of `validation`; the curve"
+def fit_head(head: Learner, features: Features, train: pd.DataFrame, validation: pd.DataFrame, study: Study, seed: int | None = None) -> pd.DataFrame:
+    "Train `head` on the slices `train`, in an order drawn from `seed` (the study's), ended by those of `validation`; the curve"
     at, labels = features.at(train), class_indices(train, study)
-    batches, steps = shuffled(lambda part: [features.values[at[part]]], labels, head.settings["batch"], study.seed)
+    batches, steps = shuffled(lambda part: [features.values[at[part]]], labels, head.settings["batch"], study.seed if seed is None else seed)
     held, truth = features.values[features.at(validation)], class_indices(validation, study)
     return head.fit(batches, labels, steps, lambda: (head.predict([held]), truth), study.classes.index(study.positive))
 
@@ -475,6 +477,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
     parts = {part: manifest[manifest["split"] == part] for part in ("train", "validation")}
     files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in parts.items()}
     labels = {part: class_indices(rows, study) for part, rows in parts.items()}
+    start = time.monotonic()
     with tracked(study, f"train {name}", {"network": name, **settings}):
         if settings["method"] == "scratch":
             for layer in _norms(model):  # the run has few steps, so batch normalisation forgets faster than by default
@@ -484,21 +487,40 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
             curve = Learner(model, settings).fit(batches, labels["train"], int(np.ceil(len(files["train"]) / settings["batch"])),
                                                  lambda: (look(files["validation"]), labels["validation"]),
                                                  study.classes.index(study.positive), name)
-            predictions = pd.DataFrame()
+            seconds = time.monotonic() - start
+            predictions = spread = pd.DataFrame()
         else:
             if settings["weights"] == "none":
                 settle(model, files["train"])
             body, top = cut(model, "features")
             features = all_features(body, manifest, study)
             head = Learner(top, settings)
+            seconds = time.monotonic() - start
             predictions = cross_validate(head, features, manifest, study, name)
+            start = time.monotonic()
             curve = fit_head(head, features, parts["train"], parts["validation"], study)
+            seconds += time.monotonic() - start
+            spread = seed_spread(model, features, parts["train"], parts["validation"], settings, study)
         held = predict_slices(model, files["validation"])
         validation = prediction_rows(parts["validation"], held, study.classes, network=name, protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([validation, predictions], ignore_index=True)
-        save_all(study, model, network, settings, curve, predictions)
+        save_all(study, model, network, settings, curve, predictions, seconds)
+        if len(spread):
+            write_csv(study.candidate(name) / "seeds.csv", spread)
         log_run(study, model, name, curve, parts["validation"]["image_id"].iloc[:2])
     return model, curve, predictions
+
+
+def seed_spread(model: keras.Model, features: Features, train: pd.DataFrame, validation: pd.DataFrame, settings: dict, study: Study) -> pd.DataFrame:
+    """What chance alone changes: heads like that of `model`, drawn and fed from `train.seeds` other seeds; one row each with seed, val_loss,
+    val_accuracy and val_auc."""
+    rows = []
+    for seed in range(study.seed + 1, study.seed + 1 + settings["seeds"]):
+        head = Learner(cut(add_head(model, len(study.classes), settings, seed), "features")[1], settings)
+        curve = fit_head(head, features, train, validation, study, seed)
+        best = curve.loc[curve["val_loss"].idxmin()]
+        rows.append({"seed": seed, **best[["val_loss", "val_accuracy", "val_auc"]]})
+    return pd.DataFrame(rows)
 
 
 def all_features(body: keras.Model, manifest: pd.DataFrame, study: Study) -> Features:
@@ -510,9 +532,9 @@ def all_features(body: keras.Model, manifest: pd.DataFrame, study: Study) -> Fea
 
 
 def save_all(study: Study, model: keras.Model, network: Network, settings: dict, curve: pd.DataFrame, predictions: pd.DataFrame,
-             name: str | None = None, **more) -> None:
+             seconds: float, name: str | None = None, **more) -> None:
     """Write models/<name>/ (model.keras, card.json) and the candidate's reports (curve.csv, predictions.csv, the card). `more`
-    stands in the card too."""
+    stands in the card too; the `seconds` that the training took stand apart, for they differ from run to run and nothing else does."""
     name = name or network.name
     with atomic(study.models / name) as folder:
         folder.mkdir()
@@ -528,6 +550,7 @@ def save_all(study: Study, model: keras.Model, network: Network, settings: dict,
         shutil.copyfile(study.models / name / "card.json", folder / "card.json")
         write_csv(folder / "curve.csv", curve)
         write_csv(folder / "predictions.csv", predictions)
+    write_json(study.report("timings", f"{name}.json"), {"training_seconds": seconds})
 
 
 def log_run(study: Study, model: keras.Model, name: str, curve: pd.DataFrame, image_ids: Sequence[str]) -> None:
@@ -559,4 +582,22 @@ def show_curve(curve: pd.DataFrame, title: str) -> plt.Figure:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(frameon=False)
     figure.suptitle(f"{title}: lowest validation loss {curve['val_loss'].min():.3f} in epoch {best + 1}")
+    return figure
+
+def show_curves(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    "The networks of `curves` (their names to be shown) over each other: loss and AUC per epoch, of training (thin) and validation (thick)"
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+    panels = figure.subplots(1, 2)
+    for k, (name, curve) in enumerate(curves.items()):
+        for panel, what in zip(panels, ("loss", "auc"), strict=True):
+            panel.plot(curve["epoch"] + 1, curve[what], color=colours[k % 7], linewidth=0.8, alpha=0.7)
+            panel.plot(curve["epoch"] + 1, curve[f"val_{what}"], color=colours[k % 7], linewidth=2, linestyle=("-", "--", ":")[k % 3], label=name)
+    for panel, what in zip(panels, ("loss", "AUC"), strict=True):
+        panel.set(xlabel="epoch", ylabel=what)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set(yscale="log", ylabel="loss (log scale)")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, title="validation\n(thin: training)")
+    best = min(curves, key=lambda name: curves[name]["val_loss"].min())
+    figure.suptitle(f"The lowest validation loss, {curves[best]['val_loss'].min():.3f}, is that of {best}")
     return figure

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +46,8 @@ from deeptumornet.training import (
 __all__ = ['SPACE', 'SEARCHES', 'search', 'score', 'paired', 'tune', 'search_figure']
 
 # %% ../nbs/07_tuning.ipynb #c007
-SPACE = {"optimizer": ["adam", "rmsprop"], "rate": [0.001, 0.003, 0.01], "dropout": [0.0, 0.3], "units": [0, 64], "weight_decay": [0.0, 0.004]}
+SPACE = {"optimizer": ["adam", "rmsprop"], "rate": [0.0003, 0.001, 0.003, 0.01], "dropout": [0.0, 0.2, 0.4], "units": [0, 64],
+         "weight_decay": [0.0, 0.004]}
 SEARCHES = ("grid", "random", "bayesian", "hyperband")
 
 # %% ../nbs/07_tuning.ipynb #c009
@@ -53,15 +57,24 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
     `trial(values, epochs)` gives val_loss and val_auc. `folder` keeps the answers. Hyperband takes its own number of trials, of up to
     `epochs`. Raises StudyError for another `kind`, and where no trial gave a loss."""
     import keras_tuner
+    from keras_tuner import oracles
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    kinds = dict(zip(SEARCHES, (keras_tuner.GridSearch, keras_tuner.RandomSearch, keras_tuner.BayesianOptimization, keras_tuner.Hyperband), strict=True))
+    class Bayesian(oracles.BayesianOptimizationOracle):
+        def populate_space(self, trial_id: str) -> dict:
+            proposed = super().populate_space(trial_id)
+            tried = any(trial.hyperparameters.values == proposed["values"] for trial in self.trials.values())
+            return self._random_populate_space() if tried else proposed  # in a space of few values it would propose its best again and again
+
+    kinds = dict(zip(SEARCHES, (oracles.GridSearchOracle, oracles.RandomSearchOracle, Bayesian, oracles.HyperbandOracle), strict=True))
     if kind not in kinds:
         raise StudyError(f"params.yaml: tune.searches {kind!r} is unknown; choose {', '.join(kinds)}")
     space = keras_tuner.HyperParameters()
     for what, values in {**SPACE, "depth": list(depths)}.items():
         space.Choice(what, values)
 
-    class Search(kinds[kind]):
+    class Search(keras_tuner.engine.base_tuner.BaseTuner):
         def run_trial(self, run, *_, **__) -> float:
             values = {what: run.hyperparameters.values[what] for what in (*SPACE, "depth")}
             limit = int(run.hyperparameters.values.get("tuner/epochs", epochs))
@@ -74,10 +87,14 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
             return read_json(answer)["val_loss"]
 
     budget = {"max_epochs": epochs} if kind == "hyperband" else {"max_trials": trials}
+    if kind == "bayesian":
+        budget["num_initial_points"] = max(2, trials // 3)  # drawn at random, the same as the random search's first ones
     worker = os.environ.get("KERASTUNER_TUNER_ID", "chief") != "chief"
-    tuner = Search(hyperparameters=space, tune_new_entries=False, objective=keras_tuner.Objective("val_loss", "min"), directory=str(folder),
-                   project_name=kind, overwrite=not worker, seed=seed + 1, **budget)  # keras-tuner takes the seed 0 for none
-    tuner.search(verbose=0)
+    oracle = kinds[kind](hyperparameters=space, tune_new_entries=False, objective=keras_tuner.Objective("val_loss", "min"), seed=seed + 1,
+                         **budget)  # keras-tuner takes the seed 0 for none
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):  # small matrices: a second thread makes a proposal four times slower
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        Search(oracle, directory=str(folder), project_name=kind, overwrite=not worker).search(verbose=0)
     answers = sorted(folder.joinpath(kind).glob("trial_*/answer.json"), key=lambda file: int(file.parent.name.removeprefix("trial_")))
     if not answers:
         raise StudyError(f"no trial of the {kind} search gave a loss: lower tune.epochs or tune.folds in params.yaml")
@@ -122,10 +139,10 @@ def paired(untuned: pd.DataFrame, tuned: pd.DataFrame, study: Study, draws: int 
     return {"protocol": protocol, "difference": difference, "low": low, "high": high, "n": n, "n_groups": n_groups, "verdict": verdict}
 
 
-def tune(study: Study) -> tuple[pd.DataFrame, dict]:
+def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
     """Search, write the trials and the choice, train the winner as models/tuned; (trials, chosen values).
 
-    Where the environment names this process a worker of keras-tuner, it only works off trials, and writes nothing."""
+    Where `tune.chief` is an address, this process deals out the trials there, and does none itself. A `worker` only works them off."""
     import mlflow
 
     settings, name = study["tune"], study.settings["tune_on"]
@@ -146,22 +163,27 @@ def tune(study: Study) -> tuple[pd.DataFrame, dict]:
             bar.update()
             return found
 
-        searches = [_search_on_port(k, kind, trial, settings, study, folder) for k, kind in enumerate(settings["searches"])]
+        searches = []
+        for k, kind in enumerate(settings["searches"]):
+            with _chief(settings["chief"], k, worker):
+                searches.append(search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder))
         trials = pd.concat(searches, ignore_index=True)
         best = trials.loc[trials["val_loss"].idxmin()]
         chosen = {what: best[what].item() if hasattr(best[what], "item") else best[what] for what in (*SPACE, "depth")}
-        if os.environ.get("KERASTUNER_TUNER_ID", "chief") != "chief":
+        if worker:
             return trials, chosen
         train, validation = (manifest[manifest["split"] == part] for part in ("train", "validation"))
         told |= {what: chosen[what] for what in SPACE}
         tuned = add_head(body, len(study.classes), told, study.seed)
         head = Learner(cut(tuned, "features")[1], told)
         folds = cross_validate(head, features, manifest, study, "tuned") if told["method"] == "head" else pd.DataFrame()
+        start = time.monotonic()
         curve = fit_head(head, features, train, validation, study)
+        seconds = time.monotonic() - start
         held = prediction_rows(validation, head.predict([features.values[features.at(validation)]]), study.classes, network="tuned",
                                protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([held, folds], ignore_index=True)
-        save_all(study, tuned, load_network(name), told, curve, predictions, name="tuned")
+        save_all(study, tuned, load_network(name), told, curve, predictions, seconds, name="tuned")
         log_run(study, tuned, "tuned", curve, validation["image_id"].iloc[:2])
         untuned = pd.read_csv(study.reports / "networks" / name / "predictions.csv", dtype={"image_id": str, "group": str})
         compared = paired(untuned, predictions, study)
@@ -174,32 +196,37 @@ def tune(study: Study) -> tuple[pd.DataFrame, dict]:
     return trials, chosen
 
 
-def _search_on_port(number: int, kind: str, trial: Callable, settings: dict, study: Study, folder: Path) -> pd.DataFrame:
-    "One search; the chief of each, where there is one, on a port of its own, for the last may not have closed when the next begins"
-    port = os.environ.get("KERASTUNER_ORACLE_PORT")
-    if port:
-        os.environ["KERASTUNER_ORACLE_PORT"] = str(int(port) + number)
+@contextmanager
+def _chief(address: str, number: int, worker: bool) -> Iterator[None]:
+    """keras-tuner's environment for the search `number` with a chief at `address` (host:port), and none where that is "". Each search has a
+    port of its own, for the chief of the last may not have closed when the next begins."""
+    host, _, port = address.rpartition(":")
+    if address and not (host and port.isdigit()):
+        raise StudyError(f"params.yaml: tune.chief {address!r} is no address: write host:port, or nothing")
+    told = {"KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": str(int(port or 0) + number),
+            "KERASTUNER_TUNER_ID": f"worker-{platform.node()}-{os.getpid()}" if worker else "chief"} if address else {}
+    os.environ.update(told)
     try:
-        return search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder)
+        yield
     finally:
-        if port:
-            os.environ["KERASTUNER_ORACLE_PORT"] = port
+        for name in told:
+            del os.environ[name]
 
 # %% ../nbs/07_tuning.ipynb #c019
 def search_figure(trials: pd.DataFrame, name: str) -> Figure:
     "The lowest loss so far against the number of trials and against seconds, a line for each search"
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    looks = dict(zip(SEARCHES, (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D")), strict=True))
+    looks = dict(zip(SEARCHES, (("#0072B2", "o", "-"), ("#E69F00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":")), strict=True))
     panels = figure.subplots(1, 2, sharey=True)
     for kind, rows in trials.groupby("search", sort=False):
-        colour, marker = looks[kind]
+        colour, marker, dashes = looks[kind]
         for panel, x in zip(panels, (rows["trial"], rows["seconds"].cumsum()), strict=True):
-            panel.plot(x, rows["val_loss"].cummin(), color=colour, drawstyle="steps-post", label=kind)
-            panel.plot(x, rows["val_loss"], marker, color=colour, markersize=4, alpha=0.5)
+            panel.plot(x, rows["val_loss"].cummin(), color=colour, linestyle=dashes, drawstyle="steps-post", linewidth=1.8, label=kind)
+            panel.plot(x, rows["val_loss"], marker, color=colour, markersize=5, markerfacecolor="none")
     panels[0].set(xlabel="trial", ylabel="mean validation loss of the folds")
     panels[1].set(xlabel="seconds")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
-    panels[1].legend(frameon=False, title="lowest so far (dots: trials)")
+    panels[1].legend(frameon=False, title="lowest so far (marks: trials)")
     best = trials.loc[trials["val_loss"].idxmin()]
     figure.suptitle(f"Searches on {name}: the lowest loss, {best['val_loss']:.3f}, was found by {best['search']} in trial {best['trial']}")
     return figure

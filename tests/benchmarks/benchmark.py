@@ -36,6 +36,8 @@ def peak_of(script: str, *words: object) -> float:
 
 
 def peak(workers: int = 0) -> float:
-    """MB that this process held at its peak, with `workers` times the largest of its ended children."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (own + workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+    """MB that this process held at its peak, with `workers` times the largest of its ended children.
+
+    Linux counts ru_maxrss on from what started the process, so its own is read from /proc."""
+    own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return (int(own.split()[1]) + workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024

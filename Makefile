@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export PYTHONHASHSEED := 0
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help study test bench mlflow lab serve lock clean
+.PHONY: help study paper test bench mlflow lab serve lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -24,6 +24,9 @@ help: ## this list
 study: .venv/.ready ## data, networks, tables, figures, report and a served model, for the profile in params.yaml
 	@deeptumornet check
 	@dvc repro
+
+paper: .venv/.ready ## the same with profile paper, on the Kaggle slices; ARGS="-S paper.collect.source=FOLDER" changes a line
+	@dvc exp run -S profile=paper $(ARGS)
 
 test: .venv/.extras ## ruff, the nbdev gates, nbval, pytest with a smoke dvc repro
 	@tests/run

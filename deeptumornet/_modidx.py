@@ -189,6 +189,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deeptumornet.evidence.differences': ('evidence.html#differences', 'deeptumornet/evidence.py'),
                                        'deeptumornet.evidence.holm': ('evidence.html#holm', 'deeptumornet/evidence.py'),
                                        'deeptumornet.evidence.mcnemar': ('evidence.html#mcnemar', 'deeptumornet/evidence.py'),
+                                       'deeptumornet.evidence.per_class': ('evidence.html#per_class', 'deeptumornet/evidence.py'),
                                        'deeptumornet.evidence.predictive_table': ( 'evidence.html#predictive_table',
                                                                                    'deeptumornet/evidence.py'),
                                        'deeptumornet.evidence.predictive_values': ( 'evidence.html#predictive_values',

@@ -20,7 +20,8 @@ from .study import StudyError
 
 # %% auto #0
 __all__ = ['PREVALENCES', 'PAPER', 'PAPER_LOSS', 'delong', 'mcnemar', 'holm', 'corrected_t', 'differences', 'said', 'reliability',
-           'calibration', 'predictive_values', 'predictive_table', 'beside_paper', 'reliability_figure', 'calibrated']
+           'calibration', 'predictive_values', 'predictive_table', 'beside_paper', 'reliability_figure', 'calibrated',
+           'per_class']
 
 # %% ../nbs/08c_evidence.ipynb #c006
 def _placements(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -273,3 +274,29 @@ def calibrated(predictions: pd.DataFrame, chosen: Mapping[str, Mapping], classes
         if at.any():
             predictions.loc[at, columns] = metrics.calibrate(predictions.loc[at, columns].to_numpy(), how["temperature"])
     return predictions
+
+# %% ../nbs/08c_evidence.ipynb #c035
+def per_class(table: pd.DataFrame, classes: Sequence[str], draws: int, seed: int) -> pd.DataFrame:
+    """A row for each of `classes` against the rest, for their mean ("macro"), and for all others against "normal" where that is a class: auc,
+    sensitivity, specificity, precision and f1 with <name>_low and <name>_high (95 %, bootstrap over groups), n, n_groups, n_positive.
+
+    `table` has label, group and p_<class> of one network's slices. NaN where a class has no slice."""
+    p, labels = table[p_columns(classes)].to_numpy(), table["label"].to_numpy()
+    weights = np.concatenate([np.ones((1, len(p))), metrics.group_weights(table["group"], draws, seed, labels)])
+    wanted, top = ("auc", "sensitivity", "specificity", "precision", "f1"), np.array(classes)[p.argmax(1)]
+    versus = {name: (labels == name, p[:, k], top == name) for k, name in enumerate(classes)}
+    if "normal" in classes:
+        versus["cancer against normal"] = labels != "normal", 1 - p[:, list(classes).index("normal")], top != "normal"
+    found = {}
+    for name, (y, score, called) in versus.items():
+        found[name] = metrics.metric_values(y, called.astype(float), 0.5, weights) | {"auc": metrics.weighted_auc(y, score, weights)}
+    found["macro"] = {m: np.mean([found[name][m] for name in classes], axis=0) for m in wanted}
+    rows = []
+    for name, of in found.items():
+        row = {"class": name, "n": len(p), "n_groups": table["group"].nunique(), "n_positive": int(versus[name][0].sum()) if name in versus else len(p)}
+        for m in wanted:
+            drawn = of[m][1:][~np.isnan(of[m][1:])]
+            low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (np.nan, np.nan)
+            row |= {m: of[m][0], f"{m}_low": min(low, of[m][0]), f"{m}_high": max(high, of[m][0])}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,114 @@
+"""The report page and what stands on it: self-contained, readable by everybody, and no kinder than the files it is read from."""
+
+import re
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from selenium import webdriver
+from test_page import CHROMIUM, DRIVER, FLAGS
+
+from deeptumornet.controls import by_lot, permuted, subgroups
+from deeptumornet.paper import cliques
+from deeptumornet.report import CLAIM, NOT, TRIPOD, checklist, render, table
+from deeptumornet.study import Study, StudyError
+
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
+
+@pytest.fixture
+def page(tmp_path):
+    wide = table(pd.DataFrame({f"a column with a long name {k}": [0.123456] for k in range(20)}), 'a "wide" table').data
+    cells = [new_markdown_cell("# The report\n\n> One line"),
+             new_code_cell("2 * 21", outputs=[new_output("execute_result", {"text/plain": "42"})], metadata={"tags": []}),
+             new_code_cell("profile = 'secret'", outputs=[new_output("stream", text="unseen")], metadata={"tags": ["injected-parameters"]}),
+             new_code_cell("wide", outputs=[new_output("execute_result", {"text/html": wide})]),
+             new_code_cell("dot", outputs=[new_output("execute_result", {"image/png": DOT}, metadata={"image/png": {"alt": "one dot"}})])]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "executed.ipynb")
+    return render(tmp_path / "executed.ipynb", tmp_path / "index.html", "A <title>")
+
+
+def test_the_page_needs_no_other_host_and_folds_its_code(page):
+    text = page.read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text) and "<script" not in text and "@import" not in text
+    assert text.count("<details><summary>code</summary>") == 3 and "42" in text and "unseen" not in text
+    assert 'alt="one dot"' in text and "A &lt;title&gt;" in text and 'a "wide" table' in text and "0.12<" in text
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: install Debian's chromium and chromium-driver to run this")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_its_window(page, width, tmp_path):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+        browser.get(page.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "only tables scroll sideways"
+        assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    finally:
+        browser.quit()
+
+
+def test_a_notebook_that_was_not_run_is_no_report(tmp_path):
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "empty.ipynb")
+    with pytest.raises(StudyError, match="holds no output"):
+        render(tmp_path / "empty.ipynb", tmp_path / "index.html", "")
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_a_checklist_answers_with_what_is_there(tmp_path):
+    study = Study("smoke", tmp_path, tmp_path, {})
+    assert {NOT} == set(checklist(CLAIM, study)["answer"]) == set(checklist(TRIPOD, study)["answer"]), "nothing made, nothing claimed"
+    (tmp_path / "reports/smoke/audit").mkdir(parents=True)
+    (tmp_path / "reports/smoke/audit/audit.json").write_text("{}")
+    answers = checklist(CLAIM, study).set_index("item")["answer"]
+    assert answers[answers != NOT].to_dict() == {"20 Level at which partitions are disjoint": "reports/smoke/audit/audit.json"}
+
+
+def test_shuffled_labels_find_a_leak_and_nothing_else():
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"group": np.arange(120).astype(str), "label": np.where(np.arange(120) % 2, "cancer", "normal")})
+    x = rng.normal(size=(120, 8)).astype(np.float32) + (rows["label"] == "cancer").to_numpy()[:, None]
+    found = permuted(x[:80], x[80:], rows[:80], rows[80:], "cancer", 100, 0)
+    assert found["auc"] > 0.9 and found["p"] < 0.02 and abs(found["mean"] - 0.5) < 0.15
+    noise = rng.normal(size=(120, 8)).astype(np.float32)
+    assert permuted(noise[:80], noise[80:], rows[:80], rows[80:], "cancer", 100, 0)["p"] > 0.02
+
+
+@given(copies=st.integers(1, 6), seed=st.integers(0, 50))
+@settings(max_examples=6, deadline=None)
+def test_what_the_lot_scores_grows_with_copies_under_the_published_protocol_only(copies, seed):
+    rng = np.random.default_rng(seed)
+    names = np.repeat(np.arange(60).astype(str), copies)
+    manifest = pd.DataFrame({"image_id": names, "group": names})
+    score = by_lot(manifest, np.repeat(rng.normal(size=(60, 16)), copies, axis=0), 3, 10, seed).set_index("protocol")["accuracy"]
+    assert abs(score["grouped"] - 0.5) < 0.2
+    assert score["published"] > 0.85 or copies < 4
+    assert score["published"] < 0.7 or copies > 1
+
+
+def test_subgroups_say_why_where_there_is_no_auc():
+    names = list("abcdef")
+    rows = pd.DataFrame({"image_id": names, "group": names, "label": ["cancer"] * 3 + ["normal"] * 3})
+    rows = rows.assign(format=["PNG"] * 3 + ["DICOM"] * 3, source="folder", window_center="", width=100, height=100, sharpness=range(6))
+    found = subgroups(pd.DataFrame({"image_id": names, "p_cancer": [0.9, 0.8, 0.4, 0.5, 0.2, 0.1]}), rows, "cancer", 100, 0)
+    of = found.set_index(["by", "part"])
+    assert of.loc[("source", "folder"), "auc"] == pytest.approx(8 / 9)
+    assert np.isnan(of.loc[("file type", "PNG"), "auc"]) and of.loc[("file type", "PNG"), "why"] == "one class has no slices"
+    assert (found.groupby("by")["n"].sum() == 6).all()
+
+
+@given(st.sets(st.frozensets(st.sampled_from("abcdef"), min_size=2, max_size=2)))
+def test_bars_join_only_what_no_test_tells_apart(apart):
+    runs = cliques("abcdef", apart)
+    assert all(frozenset((a, b)) not in apart for run in runs for k, a in enumerate(run) for b in run[k + 1:])
+    joined = {frozenset(pair) for run in runs for pair in zip(run, run[1:], strict=False)}
+    assert joined == {frozenset(pair) for pair in zip("abcde", "bcdef", strict=True)} - apart

@@ -149,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deeptumornet.controls.external_manifest': ( 'controls.html#external_manifest',
                                                                                     'deeptumornet/controls.py'),
                                        'deeptumornet.controls.external_rows': ('controls.html#external_rows', 'deeptumornet/controls.py'),
+                                       'deeptumornet.controls.features_of': ('controls.html#features_of', 'deeptumornet/controls.py'),
                                        'deeptumornet.controls.gallery': ('controls.html#gallery', 'deeptumornet/controls.py'),
                                        'deeptumornet.controls.permuted': ('controls.html#permuted', 'deeptumornet/controls.py'),
                                        'deeptumornet.controls.subgroups': ('controls.html#subgroups', 'deeptumornet/controls.py'),

@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from . import metrics
 from .collection import catalogue
 from .comparison import _said, p_columns
+from .features import cut
 from .groups import random_split
 from .lungs import Field, find_lungs, see
 from .preprocessing import complete, examine, read_slice
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['ALTERATIONS', 'altered', 'control_rows', 'control_sentences', 'permuted', 'by_lot', 'subgroups', 'external_manifest',
-           'external_rows', 'control_figure', 'worst_errors', 'gallery']
+__all__ = ['ALTERATIONS', 'altered', 'features_of', 'control_rows', 'control_sentences', 'permuted', 'by_lot', 'subgroups',
+           'external_manifest', 'external_rows', 'control_figure', 'worst_errors', 'gallery']
 
 # %% ../nbs/08e_controls.ipynb #c007
 def _blacked(pixels: np.ndarray, field: Field) -> np.ndarray:
@@ -72,14 +73,22 @@ def altered(study: Study, rows: pd.DataFrame, name: str) -> np.ndarray:
     return np.stack(pictures)
 
 # %% ../nbs/08e_controls.ipynb #c012
-def control_rows(model: keras.Model, name: str, views: Mapping[str, np.ndarray], rows: pd.DataFrame, study: Study) -> list[dict]:
-    "One row for each of `views` (name → uint8, n × size × size): name, control, auc, low, high, n, n_groups; `why` where it is undefined"
+def features_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    "A function from pictures (uint8, n × size × size) to the features (float32, n × channels) that the head of `model` sees; traced once"
     import tensorflow as tf
 
-    run = tf.function(lambda batch: model(batch, training=False), autograph=False, reduce_retracing=True)
+    lower = cut(model, "features")[0]
+    any_number = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
+    run = tf.function(lambda batch: tf.nest.flatten(lower(batch, training=False))[0], input_signature=[any_number], autograph=False)
+    return lambda pictures: np.concatenate([run(pictures[k:k + 32, ..., None].astype(np.float32)).numpy() for k in range(0, len(pictures), 32)])
+
+
+def control_rows(model: keras.Model, name: str, features: Mapping[str, np.ndarray], rows: pd.DataFrame, study: Study) -> list[dict]:
+    "One row for each control in `features` (name → float32, n × channels): name, control, auc, low, high, n, n_groups; `why` where it is undefined"
+    head = cut(model, "features")[1]
     y, positive, found = (rows["label"] == study.positive).to_numpy(), study.classes.index(study.positive), []
-    for control, pictures in views.items():
-        p = np.concatenate([run(tf.constant(pictures[k:k + 32, ..., None], tf.float32)).numpy()[:, positive] for k in range(0, len(pictures), 32)])
+    for control, x in features.items():
+        p = np.asarray(head([x], training=False))[:, positive]
         s = metrics.summarise(y, p, rows["group"], 0.5, study["compare"]["draws"], study.seed, study.positive)
         found.append({"name": name, "control": control, "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"],
                       "n": s["n"], "n_groups": s["n_groups"], "why": s["auc"].get("why", "")})
@@ -99,7 +108,7 @@ def control_sentences(table: pd.DataFrame, titles: Mapping[str, str]) -> list[st
                          f"No shortcut outside the lungs is shown for {titles[name]}: with them blacked out its AUC is {said}.")
     return sentences
 
-# %% ../nbs/08e_controls.ipynb #c016
+# %% ../nbs/08e_controls.ipynb #c018
 def permuted(fit: np.ndarray, held: np.ndarray, fit_rows: pd.DataFrame, held_rows: pd.DataFrame, positive: str, draws: int, seed: int) -> dict:
     """Hold-out AUC of ridge regression on features (`fit`, `held`: float32, n × channels) with the true labels (auc) and with labels shuffled among
     groups `draws` times (mean, low and high: 95 % of them); p: share of the shuffles that do as well (Phipson and Smyth, SAGMB 9 (2010) 39)."""
@@ -114,7 +123,7 @@ def permuted(fit: np.ndarray, held: np.ndarray, fit_rows: pd.DataFrame, held_row
     return {"auc": auc[0], "mean": float(np.mean(auc[1:])), "low": low, "high": high, "p": (1 + sum(a >= auc[0] for a in auc[1:])) / (1 + draws),
             "draws": draws, "n": len(y), "n_groups": held_rows["group"].nunique()}
 
-# %% ../nbs/08e_controls.ipynb #c019
+# %% ../nbs/08e_controls.ipynb #c021
 def by_lot(manifest: pd.DataFrame, thumbs: np.ndarray, folds: int, repeats: int, seed: int) -> pd.DataFrame:
     """Accuracy of the nearest neighbour on `thumbs` (n × pixels, of `manifest`'s rows) where each group's class is drawn by lot: protocol, accuracy
     (mean), low, high (95 % of the repeats), repeats, n."""
@@ -136,7 +145,7 @@ def by_lot(manifest: pd.DataFrame, thumbs: np.ndarray, folds: int, repeats: int,
 def _nearest(thumbs: np.ndarray, y: np.ndarray, fit: np.ndarray, test: np.ndarray) -> float:
     return float(KNeighborsClassifier(1).fit(thumbs[fit], y[fit]).score(thumbs[test], y[test]))
 
-# %% ../nbs/08e_controls.ipynb #c025
+# %% ../nbs/08e_controls.ipynb #c027
 def subgroups(predictions: pd.DataFrame, rows: pd.DataFrame, positive: str, draws: int, seed: int) -> pd.DataFrame:
     """AUC of one network's `predictions` (image_id, p_<class>) in parts of the manifest's `rows`: by, part, n, n_groups, n_positive, auc, low, high; `why`
     where a part has no AUC."""
@@ -156,7 +165,7 @@ def subgroups(predictions: pd.DataFrame, rows: pd.DataFrame, positive: str, draw
                           "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"], "why": s["auc"].get("why", "")})
     return pd.DataFrame(found)
 
-# %% ../nbs/08e_controls.ipynb #c028
+# %% ../nbs/08e_controls.ipynb #c030
 def external_manifest(study: Study, slices: Path) -> pd.DataFrame:
     """The kept slices of the folder that `external` names, prepared into `slices`: a manifest with groups, exact copies left out.
 
@@ -188,7 +197,7 @@ def external_rows(predictions: pd.DataFrame, study: Study, chosen: Mapping[str, 
                       "n": s["n"], "n_groups": s["n_groups"], "why": s[m].get("why", "")} for m in words]
     return pd.DataFrame(rows)
 
-# %% ../nbs/08e_controls.ipynb #c031
+# %% ../nbs/08e_controls.ipynb #c033
 def control_figure(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     "AUC of each network under each control, with intervals; grey: chance"
     names = list(table["name"].unique())
@@ -209,7 +218,7 @@ def control_figure(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     fig.suptitle(f"What is left when the lungs cannot be seen ({s['n']} slices, {s['n_groups']} groups; bars 95 %, dashed: chance)", fontsize=10)
     return fig
 
-# %% ../nbs/08e_controls.ipynb #c034
+# %% ../nbs/08e_controls.ipynb #c036
 def worst_errors(predictions: pd.DataFrame, positive: str, threshold: float, shown: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The `shown` misses and false alarms of one network's hold-out `predictions` that are furthest from the truth, worst first"
     p, is_positive = predictions[f"p_{positive}"], predictions["label"] == positive

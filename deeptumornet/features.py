@@ -44,7 +44,7 @@ def slice_dataset(files: Sequence[Path], batch: int = BATCH) -> tf.data.Dataset:
 
 # %% ../nbs/03a_features.ipynb #c010
 def cut(model: keras.Model, layer: str) -> tuple[keras.Model, keras.Model]:
-    """`model` (as `training.build_model` makes it) in two that share its weights: from slices to what `layer` and the layers
+    """`model` (as `training.add_head` makes it) in two that share its weights: from slices to what `layer` and the layers
     before it make, and from there to the probabilities.
 
     `layer` is one of the model, or of its backbone. Raises StudyError where there is none of that name."""

@@ -147,11 +147,12 @@ def _nearest(thumbs: np.ndarray, y: np.ndarray, fit: np.ndarray, test: np.ndarra
 
 # %% ../nbs/08e_controls.ipynb #c027
 def subgroups(predictions: pd.DataFrame, rows: pd.DataFrame, positive: str, draws: int, seed: int) -> pd.DataFrame:
-    """AUC of one network's `predictions` (image_id, p_<class>) in parts of the manifest's `rows`: by, part, n, n_groups, n_positive, auc, low, high; `why`
+    """AUC of one network's `predictions` (image_id, p_<class>) in parts of the manifest's `rows` (with `noise`, greys): by, part, n, n_groups, n_positive, auc, low, high; `why`
     where a part has no AUC."""
     table = rows.merge(predictions[["image_id", f"p_{positive}"]], on="image_id", validate="1:1")
     parts = {"source": table["source"], "file type": table["format"], "window": table["window_center"].astype(str).replace({"": "not stated", "nan": "not stated"})}
-    for what, column in (("pixels on the long side", table[["width", "height"]].max(axis=1)), ("sharpness", table["sharpness"])):
+    numbers = {"pixels on the long side": table[["width", "height"]].max(axis=1), "sharpness": table["sharpness"], "noise, greys": table["noise"]}
+    for what, column in numbers.items():
         if column.nunique() > 2:
             parts[what] = pd.qcut(column, 3, duplicates="drop").map(lambda part: f"{part.left:.0f} to {part.right:.0f}").astype(str)
         else:

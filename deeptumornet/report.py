@@ -45,7 +45,7 @@ def result_rows(scores: Mapping[str, Mapping], titles: Mapping[str, str], weight
     return pd.DataFrame([{"": titles.get(name, name), "weights": "baseline" if name in BASELINES else weights.get(name, "unknown"),
                           "slices": s["n"], "groups": s["n_groups"], **{word: _said(s[m]) for m, word in words.items()}} for name, s in scores.items()])
 
-# %% ../nbs/14_report.ipynb #c047
+# %% ../nbs/14_report.ipynb #c049
 def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping, controls: Sequence[str]) -> str:
     "The champion's model card as Markdown: intended use, data, metrics with intervals, limits, ethics; every number from `reports/`"
     name, titles = champion["network"], result["titles"]
@@ -70,7 +70,7 @@ def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping,
                       "**Ethics.** Fairness across age, sex and origin cannot be examined where the data do not state them. A wrong answer that sounds sure can harm: "
                       "the service shows the interval of its sensitivity and specificity beside each answer.", ""])
 
-# %% ../nbs/14_report.ipynb #c050
+# %% ../nbs/14_report.ipynb #c052
 NOT = "not done"
 
 CLAIM = (
@@ -150,7 +150,7 @@ def checklist(items: Sequence[tuple[str, str, str]], study: Study) -> pd.DataFra
         rows.append({"item": item, "answer": there or NOT, "remark": remark if there or where == NOT else f"{where} was not made in this run. {remark}".strip()})
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_report.ipynb #c054
+# %% ../nbs/14_report.ipynb #c056
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --soft: #f2f4f6; --line: #c9ced4; --link: #00558c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16191d; --soft: #22272d; --line: #454c54; --link: #8cc8ff; } }

@@ -24,7 +24,7 @@ from .features import cut, fingerprint
 from .groups import group_folds
 from .metrics import group_weights, weighted_auc
 from .preprocessing import load_manifest
-from .study import Study, StudyError, progress, read_json, tracked, write_csv, write_json
+from .study import Study, StudyError, progress, read_json, tracked, write_json, write_table
 from deeptumornet.training import (
     Features,
     Learner,
@@ -188,7 +188,7 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
         untuned = pd.read_csv(study.reports / "networks" / name / "predictions.csv", dtype={"image_id": str, "group": str})
         compared = paired(untuned, predictions, study)
         mlflow.log_metrics({"auc_difference": compared["difference"]})
-        write_csv(study.report("tuning", "trials.csv"), trials)
+        write_table(study.report("tuning", "trials.csv"), trials)
         write_json(study.report("tuning", "comparison.json"), compared)
         write_json(study.report("tuning", "chosen.json"), {"network": name, "search": best["search"], "trials": len(trials), "folds": settings["folds"],
                                                            "chosen": chosen, "val_loss": float(best["val_loss"])})

@@ -98,7 +98,8 @@ def test_what_the_lot_scores_grows_with_copies_under_the_published_protocol_only
 def test_subgroups_say_why_where_there_is_no_auc():
     names = list("abcdef")
     rows = pd.DataFrame({"image_id": names, "group": names, "label": ["cancer"] * 3 + ["normal"] * 3})
-    rows = rows.assign(format=["PNG"] * 3 + ["DICOM"] * 3, source="folder", window_center="", width=100, height=100, sharpness=range(6))
+    rows = rows.assign(format=["PNG"] * 3 + ["DICOM"] * 3, source="folder", window_center="", width=100, height=100, noise=1.0)
+    rows["sharpness"] = range(6)
     found = subgroups(pd.DataFrame({"image_id": names, "p_cancer": [0.9, 0.8, 0.4, 0.5, 0.2, 0.1]}), rows, "cancer", 100, 0)
     of = found.set_index(["by", "part"])
     assert of.loc[("source", "folder"), "auc"] == pytest.approx(8 / 9)

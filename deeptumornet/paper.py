@@ -57,7 +57,7 @@ def worth_figure(rows: pd.DataFrame, leakage: Mapping) -> Figure:
     ax.set(xlim=(0.28, 1.01), ylim=(len(steps) - 0.5, -0.8), xlabel="Balanced accuracy, 95 % interval (grey line: chance)")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    fig.suptitle(f"Round: the best network. Square: the best baseline, which sees no lungs.\nIn a random split {leakage['same_pixels']:.0%} of the test files "
+    fig.suptitle(f"Round: the best network. Square: the best baseline, which sees no lungs.\nIn a random split {leakage['same_pixels']:.1%} of the test files "
                  "stand pixel for pixel in the training part", fontsize=10, x=0.01, ha="left")
     return fig
 
@@ -82,14 +82,14 @@ def performance_figure(result: Mapping, name: str) -> Figure:
                 continue
             if value["low"] is not None:
                 ax.plot([value["low"], value["high"]], [y, y], color=colour, lw=2, solid_capstyle="butt")
-            ax.plot(value["value"], y, marker, color=colour, ms=6, label=f"{label}: {s['n']} slices, {s['n_groups']} groups" if not i else None)
+            ax.plot(value["value"], y, marker, color=colour, ms=6, label=f"{label}, threshold {s['threshold']:.2f}: {s['n']} slices, {s['n_groups']} groups" if not i else None)
     if name in PAPER_LOSS:
         ax.plot([PAPER[m] for m in BARS], range(len(BARS)), "D", color="black", mfc="white", ms=7, ls="none", label="reported by the paper")
     ax.set_yticks(range(len(BARS)), BARS.values())
     ax.set(xlim=(min(0.45, ax.get_xlim()[0]), 1.02), ylim=(len(BARS) - 0.5, -0.5), xlabel="Value, with its 95 % interval")
     ax.grid(axis="x", color="#E5E5E5", lw=0.7)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    fig.legend(loc="outside lower center", frameon=False, fontsize=8)
     fig.suptitle(f"{result['titles'][name]}, weights: {result['weights'].get(name, 'unknown')}", fontsize=11, fontweight="bold")
     return fig
 
@@ -165,7 +165,7 @@ def difference_figure(result: Mapping, pairs: pd.DataFrame, names: Sequence[str]
     for k, name in enumerate(order):
         ax.plot([auc[name]] * 2, [0, k + 1], color="#999999", lw=1)
         ax.plot(auc[name], 0, "o", color="#0072B2")
-        ax.text(auc[name], k + 1, f" {result['titles'][name]} {auc[name]:.3f}", va="center", fontsize=9)
+        ax.text(auc[name], k + 1, f" {result['titles'][name]} {auc[name]:.3f}", va="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5})
     ends = (min(auc.values()), max(auc.values()))
     room = max(0.02, (ends[1] - ends[0]) * 0.6)
     ax.set(xlim=(ends[0] - room / 4, ends[1] + room), ylim=(-0.8 - 0.45 * len(joined), len(order) + 1), yticks=[], xlabel=f"AUC {WHERE[protocol]}")

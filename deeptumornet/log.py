@@ -5,6 +5,7 @@
 # %% ../nbs/12a_log.ipynb #c002
 from __future__ import annotations
 
+import hmac
 import json
 import logging
 import os
@@ -20,13 +21,20 @@ import pandas as pd
 import psutil
 import sqlalchemy as sa
 from filelock import FileLock
+from flask import Flask, Response, jsonify, request
 from scipy.ndimage import laplace
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import BadRequest, ServiceUnavailable, Unauthorized, UnprocessableEntity
 
 from .study import StudyError
 
+
+class LogError(StudyError):
+    "The log's database cannot be used"
+
 # %% auto #0
-__all__ = ['STATISTICS', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'image_statistics', 'now', 'connect', 'PredictionLog',
-           'read_log']
+__all__ = ['STATISTICS', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'LogError', 'image_statistics', 'now', 'connect',
+           'PredictionLog', 'read_log', 'add_feedback']
 
 # %% ../nbs/12a_log.ipynb #c006
 STATISTICS = ("mean", "std", "sharpness", "dark")
@@ -77,7 +85,7 @@ def _why(error: Exception) -> str:
 def connect(address: str | Path) -> Iterator[sa.Connection]:
     """One transaction on the database at `address` (a URL or an SQLite file), its tables made where there are none.
 
-    Raises StudyError, which never quotes a password, where the database cannot be used."""
+    Raises LogError, which never quotes a password, where the database cannot be used."""
     url = _url(address)
     sqlite = url.get_backend_name() == "sqlite"
     try:
@@ -88,7 +96,7 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
         with engine.begin() as connection:
             yield connection
     except (sa.exc.SQLAlchemyError, ImportError) as error:
-        raise StudyError(f"the prediction log {url.render_as_string()} cannot be written or read ({_why(error)}): see that "
+        raise LogError(f"the prediction log {url.render_as_string()} cannot be written or read ({_why(error)}): see that "
                          "the database is there, is a database, has room, and that the service may write it") from error
 
 
@@ -227,3 +235,27 @@ def read_log(address: str | Path, version: str, positive: str) -> pd.DataFrame:
                            "decided_label": said.get(r["id"])} for r in rows],
                          columns=["id", "time", *STATISTICS, "probability", "decided_label"])
     return table.astype({k: float for k in (*STATISTICS, "probability")})
+
+# %% ../nbs/12a_log.ipynb #c020
+def add_feedback(app: Flask, classes: list[str]) -> None:
+    """Give `app` the address `POST /api/v1/feedback`: JSON with `id` (of a prediction), `label` (one of `classes`) and `who`,
+    and the header `Authorization: Bearer <DEEPTUMORNET_FEEDBACK_TOKEN>`; 201 when it is kept in app.config["PREDICTION_LOG"]."""
+    @app.post("/api/v1/feedback")
+    def feedback() -> tuple[Response, int]:
+        log, token = app.config["PREDICTION_LOG"], os.environ.get("DEEPTUMORNET_FEEDBACK_TOKEN", "")
+        if log is None or not token:
+            raise ServiceUnavailable("this service takes no feedback: start it with DEEPTUMORNET_PREDICTION_LOG and DEEPTUMORNET_FEEDBACK_TOKEN set")
+        shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(shown.encode(), token.encode()):
+            raise Unauthorized("feedback needs the header `Authorization: Bearer` with the token of this service",
+                               www_authenticate=WWWAuthenticate("bearer"))
+        said = request.get_json(silent=True)
+        if not isinstance(said, dict) or not all(isinstance(said.get(k), str) for k in ("id", "label", "who")):
+            raise BadRequest("send JSON with the texts `id`, `label` and `who`")
+        try:
+            log.feedback(said["id"], said["label"], said["who"], classes)
+        except LogError as error:
+            raise ServiceUnavailable(str(error)) from None
+        except StudyError as error:
+            raise UnprocessableEntity(str(error)) from None
+        return jsonify(kept=True), 201

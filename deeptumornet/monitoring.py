@@ -5,16 +5,11 @@
 # %% ../nbs/12_monitoring.ipynb #c002
 from __future__ import annotations
 
-import json
-import sqlite3
-from contextlib import closing
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, ks_2samp
 
-from .serving import STATISTICS, image_statistics
+from .log import STATISTICS, image_statistics
 from .study import StudyError
 
 _all_ = ["image_statistics"]
@@ -23,29 +18,13 @@ LEAST_WINDOW = 20
 "Fewer slices than this are no window: a Kolmogorov-Smirnov test could find only gross shifts in them"
 
 # %% auto #0
-__all__ = ['LEAST_WINDOW', 'statistics_table', 'read_log', 'drift_table', 'decide', 'image_statistics']
+__all__ = ['LEAST_WINDOW', 'statistics_table', 'drift_table', 'decide', 'image_statistics']
 
 # %% ../nbs/12_monitoring.ipynb #c007
 def statistics_table(slices: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
     "One row per prepared slice (uint8, n × size × size): its `image_statistics`, and the positive class's `probability` (n, 0..1)"
     rows = [image_statistics(pixels) for pixels in slices]
     return pd.DataFrame(rows, columns=list(STATISTICS)).assign(probability=np.asarray(probability))
-
-
-def read_log(path: Path | str, version: str, positive: str) -> pd.DataFrame:
-    """The rows of a prediction log that the model `version` made, oldest first, as `statistics_table` has them.
-
-    Raises StudyError where the file is missing or is no prediction log."""
-    if not Path(path).is_file():
-        raise StudyError(f"there is no prediction log {path}: start the service with DEEPTUMORNET_PREDICTION_LOG set to it")
-    try:
-        with closing(sqlite3.connect(path)) as log:
-            rows = log.execute(f"SELECT {', '.join(STATISTICS)}, probabilities FROM predictions WHERE version = ? ORDER BY rowid",
-                               (version,)).fetchall()
-    except sqlite3.DatabaseError as error:
-        raise StudyError(f"{path} is no prediction log ({error}): name the file that the service writes") from error
-    table = pd.DataFrame(rows, columns=[*STATISTICS, "probability"])
-    return table.assign(probability=[float(json.loads(p)[positive]) for p in table["probability"]])
 
 # %% ../nbs/12_monitoring.ipynb #c012
 def drift_table(reference: pd.DataFrame, current: pd.DataFrame, alpha: float = 0.01, least: int = LEAST_WINDOW) -> pd.DataFrame:

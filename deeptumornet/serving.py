@@ -10,11 +10,8 @@ import json
 import logging
 import os
 import re
-import sqlite3
 import traceback
 import warnings
-from contextlib import closing
-from datetime import UTC, datetime
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +20,6 @@ import click
 import numpy as np
 from flask import Flask, Request, Response, jsonify, request
 from PIL import Image
-from scipy.ndimage import laplace
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
@@ -35,13 +31,13 @@ from werkzeug.exceptions import (
 
 from .dicom import is_dicom
 from .export import Engine
+from .log import PredictionLog, add_feedback
 from .preprocessing import Slice, read_slice
 from .study import StudyError, project_root
 
 # %% auto #0
-__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_SHOWN', 'STATISTICS', 'PUBLIC', 'HEADERS', 'kind', 'read_upload', 'overlay',
-           'data_url', 'image_statistics', 'open_log', 'record', 'answer', 'cautions', 'uploaded', 'problem',
-           'create_app']
+__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_SHOWN', 'PUBLIC', 'HEADERS', 'kind', 'read_upload', 'overlay', 'data_url', 'answer',
+           'cautions', 'uploaded', 'problem', 'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
 UPLOAD = "the uploaded file"
@@ -99,55 +95,14 @@ def data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/11_serving.ipynb #c015
-STATISTICS = ("mean", "std", "sharpness", "dark")
-_TABLE = """
-CREATE TABLE IF NOT EXISTS predictions (time TEXT NOT NULL, version TEXT NOT NULL, image_id TEXT NOT NULL, probabilities TEXT NOT NULL,
-    mean REAL NOT NULL, std REAL NOT NULL, sharpness REAL NOT NULL, dark REAL NOT NULL);
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON predictions BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON predictions BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-"""
-
-
-def image_statistics(pixels: np.ndarray) -> dict[str, float]:
-    """Of a prepared slice (uint8, size × size): `mean` and `std` (grey levels), `sharpness` (standard deviation of the
-    Laplacian, grey levels) and `dark` (share of pixels under 10, 0..1)."""
-    values = pixels.astype(np.float64)
-    return {"mean": float(values.mean()), "std": float(values.std()), "sharpness": float(laplace(values).std()),
-            "dark": float((pixels < 10).mean())}
-
-
-def open_log(path: Path | str) -> None:
-    "Make the prediction log `path` where there is none. Raises StudyError where it cannot be written."
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as log:
-            log.executescript(_TABLE)
-    except sqlite3.Error as error:
-        raise StudyError(f"the prediction log {path} cannot be written ({error}): name a file in a folder that is there "
-                         "and that the service may write, in DEEPTUMORNET_PREDICTION_LOG") from error
-
-
-def record(path: Path | str, version: str, image_id: str, probabilities: dict[str, float], prepared: np.ndarray) -> None:
-    """Append one prediction about the `prepared` slice (uint8, size × size) to the log `path`.
-
-    A log that cannot be written is reported to the server's own log; it costs nobody the answer."""
-    numbers = image_statistics(prepared)
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    row = (time, version, image_id, json.dumps(probabilities), *(numbers[k] for k in STATISTICS))
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as log, log:
-            log.execute(f"INSERT INTO predictions VALUES ({', '.join('?' * len(row))})", row)
-    except sqlite3.Error as error:
-        logging.getLogger(__name__).error("a prediction is missing from the log %s: %s", path, error)
-
-# %% ../nbs/11_serving.ipynb #c020
 PUBLIC = ("name", "version", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
 
 
-def answer(engine: Engine, data: bytes, heat_map: bool = False, log: Path | str | None = None) -> dict:
+def answer(engine: Engine, data: bytes, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
     """What the service says about the file `data`, JSON-ready: class, decision, probabilities, threshold, model and
-    warnings, and with `heat_map` the picture and the heat map over it as data URLs. It is recorded in `log`, if one is named.
+    warnings, and with `heat_map` the picture and the heat map over it as data URLs. With a `log` it is recorded there, and `id` names the record.
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
@@ -162,7 +117,7 @@ def answer(engine: Engine, data: bytes, heat_map: bool = False, log: Path | str 
         "model": {k: card[k] for k in ("name", "version", "network")}, "warnings": cautions(card, found),
     }
     if log:
-        record(log, card["version"], found.image_id, p, prepared)
+        content["id"] = log.record(card["version"], found.image_id, p, prepared)
     if heat_map:
         coloured = overlay(heat[0], found.height, found.width, place)
         grey = Image.fromarray(found.pixels)
@@ -184,7 +139,7 @@ def cautions(card: dict, found: Slice) -> list[str]:
         said.append(f"The slice has fewer pixels than the {size}×{size} that the model looks at, and was enlarged.")
     return said
 
-# %% ../nbs/11_serving.ipynb #c022
+# %% ../nbs/11_serving.ipynb #c017
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
                                "form-action 'self'; frame-ancestors 'none'",
@@ -233,7 +188,7 @@ def problem(error: HTTPException) -> Response:
 def create_app(champion: Path | str | None = None) -> Flask:
     """The service for the exported model in the folder `champion`; by default the one that DEEPTUMORNET_CHAMPION names,
     or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
-    Predictions are recorded in the file that DEEPTUMORNET_PREDICTION_LOG or app.config["PREDICTION_LOG"] names.
+    Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file).
 
     Raises click.ClickException, which `flask run` prints as its sentence, where there is no sound model or the log cannot be written."""
     try:
@@ -241,9 +196,8 @@ def create_app(champion: Path | str | None = None) -> Flask:
         engine = Engine(Path(folder))
         size = engine.card["input"]["size"]
         engine.predict(np.zeros((1, size, size), np.uint8))
-        log = os.environ.get("DEEPTUMORNET_PREDICTION_LOG") or None
-        if log:
-            open_log(log)
+        address = os.environ.get("DEEPTUMORNET_PREDICTION_LOG")
+        log = PredictionLog(address) if address else None
     except StudyError as error:
         raise click.ClickException(str(error)) from error
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -271,6 +225,8 @@ def create_app(champion: Path | str | None = None) -> Flask:
             return jsonify(answer(engine, data, wish == "true", app.config["PREDICTION_LOG"]))
         except StudyError as error:
             raise UnprocessableEntity(str(error)) from None
+
+    add_feedback(app, engine.card["classes"])
 
     @app.get("/api/v1/model")
     def model() -> Response:

@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export PYTHONHASHSEED := 0
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help study test smoke mlflow lab serve lock clean
+.PHONY: help study test bench mlflow lab serve lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -28,11 +28,14 @@ study: .venv/.ready ## data, networks, tables, figures, report and a served mode
 test: .venv/.extras ## ruff, the nbdev gates, nbval, pytest with a smoke dvc repro
 	@tests/run
 
+bench: .venv/.extras ## the speed and memory that are promised, measured into reports/benchmarks
+	@for script in tests/benchmarks/bench_*.py; do python $$script; done
+
 mlflow: .venv/.ready ## every run, in the browser
 	@mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 lab: .venv/.ready ## the notebooks in JupyterLab
-	@jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url= nbs/index.ipynb
+	@jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url= $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
 
 serve: .venv/.ready ## the champion as a web page and a REST service
 	@flask --app deeptumornet.serving run

@@ -16,7 +16,7 @@ from pathlib import Path
 from .study import StudyError, open_study, run_notebook
 
 # %% auto #0
-__all__ = ['AUDITED', 'run_stage', 'audit_folder', 'parser', 'main']
+__all__ = ['AUDITED', 'run_stage', 'work', 'audit_folder', 'parser', 'main']
 
 # %% ../nbs/13_commands.ipynb #c006
 def _end_with_parent(parent: int) -> None:
@@ -32,6 +32,16 @@ def run_stage(notebook: str, profile: str | None) -> str:
     return f"{notebook} → {run_notebook(notebook, study.profile, '.').relative_to(study.root)}"
 
 # %% ../nbs/13_commands.ipynb #c008
+def work() -> int:
+    "Work off trials of the search whose chief is at `tune.chief`; how many the search has in all. StudyError where no chief is named."
+    from deeptumornet.tuning import tune
+
+    study = open_study()
+    if not study["tune"]["chief"]:
+        raise StudyError("params.yaml: tune.chief is empty, so there is no search to work for: write the chief's host:port")
+    return len(tune(study, worker=True)[0])
+
+# %% ../nbs/13_commands.ipynb #c010
 AUDITED = {"size": 80, "normalise": "scaling", "hash_bits": 4, "correlation": 0.75}
 "How the slices of a folder are grouped: near copies by 4 of 64 bits in both hashes, neighbours by correlation of the lung fields (`02c_groups`)"
 
@@ -52,7 +62,7 @@ def audit_folder(folder: Path, seed: int = 0) -> dict:
     manifest, thumbnails, fields = examine(found, folder, AUDITED, {})
     return audit(complete(manifest, fields, AUDITED), thumbnails, seed)
 
-# %% ../nbs/13_commands.ipynb #c012
+# %% ../nbs/13_commands.ipynb #c014
 def parser() -> argparse.ArgumentParser:
     "The words that `deeptumornet` knows"
     top = argparse.ArgumentParser(prog="deeptumornet", description="Lung CT slices by transfer learning: a reproducible study.")
@@ -61,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one notebook of the study, as a DVC stage does")
     run.add_argument("notebook", help="its name in nbs/, such as 02_preprocessing")
     run.add_argument("--profile", help="default: the one in params.yaml")
+    commands.add_parser("report", help="run 14_report and render it as one HTML page, as the last DVC stage does")
+    commands.add_parser("worker", help="work off trials of the search that runs at the address tune.chief of params.yaml")
     audit = commands.add_parser("audit", help="how far a folder of class sub-folders can be trusted: copies, leakage, shortcuts")
     audit.add_argument("folder", type=Path)
     outside = commands.add_parser("external", help="fit on one folder, test on another: a frozen checkpoint, logistic regression, baselines")
@@ -96,18 +108,25 @@ def main(words: list[str] | None = None) -> int:
             from deeptumornet.retraining import rollback
 
             print(f"the champion is {rollback(open_study().champion)} again")
+        elif arguments.command == "report":
+            from deeptumornet.report import report
+
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+            print(f"report → {report()}")
+        elif arguments.command == "worker":
+            print(f"{work()} trials were worked off")
         else:
             if arguments.command == "audit":
                 from deeptumornet import audit
 
-                report = audit_folder(arguments.folder.resolve())
-                said = f"{audit.text(report)}\n\n{report['verdict']}"
+                found = audit_folder(arguments.folder.resolve())
+                said = f"{audit.text(found)}\n\n{found['verdict']}"
             else:
                 from deeptumornet.external import external, text
 
-                report = external(arguments.train, arguments.test, arguments.positive.split(","), arguments.negative.split(","), arguments.weights)
-                said = text(report)
-            print(json.dumps(report, indent=1, ensure_ascii=False) if arguments.json else said)
+                found = external(arguments.train, arguments.test, arguments.positive.split(","), arguments.negative.split(","), arguments.weights)
+                said = text(found)
+            print(json.dumps(found, indent=1, ensure_ascii=False) if arguments.json else said)
     except StudyError as error:
         print(f"deeptumornet: {error}", file=sys.stderr)
         return 1

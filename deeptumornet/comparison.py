@@ -69,15 +69,15 @@ def read_predictions(path: Path, classes: Sequence[str]) -> pd.DataFrame:
 
 # %% ../nbs/08_comparison.ipynb #c011
 def is_tuned(name: str) -> bool:
-    "Whether this is the name of a candidate that 07_tuning made"
-    return name == "tuned" or name.endswith("-tuned")
+    "Whether this is the name of a candidate that 07_tuning or 07a_finetuning made"
+    return name == "tuned" or name.startswith("finetuned/")
 
 
 def candidates(study: Study) -> dict[str, Path]:
-    "Name → model folder of each network, tuned ones too, that has predictions and a model; the order of params.yaml"
-    names = [name + end for name in study.networks for end in ("", "-tuned")] + ["tuned"]
+    "Name → model folder of each network, tuned and fine-tuned ones too, that has predictions and a model; the order of params.yaml"
+    names = [*study.networks, "tuned", *(f"finetuned/{name}" for name in study.networks)]
     return {name: study.models / name for name in names
-            if (study.reports / "networks" / name / "predictions.csv").is_file()
+            if (study.candidate(name) / "predictions.csv").is_file()
             and (study.models / name / "model.keras").is_file()}
 
 
@@ -101,8 +101,8 @@ def read_card(folder: Path, classes: Sequence[str], data_sha256: str) -> dict:
 
 def title_of(name: str, card: Mapping) -> str:
     "How a network is called in tables and figures; a tuned one says so"
-    silent = is_tuned(name) and "tuned" not in card["title"].lower()
-    return f"{card['title']} (tuned)" if silent else card["title"]
+    end = " (tuned)" if name == "tuned" else " (fine-tuned)" if is_tuned(name) else ""
+    return card["title"] + end
 
 # %% ../nbs/08_comparison.ipynb #c013
 def thumbnails(image_ids: Sequence[str], slices: Path, size: int = 16) -> np.ndarray:
@@ -438,7 +438,7 @@ PUBLISHED = 0.9706
 
 def colours_of(names: Sequence[str], titles: Mapping[str, str]) -> dict[str, str]:
     "A colour for each network or baseline; a tuned network has the colour of the one it was tuned from"
-    base = {n: titles[n].removesuffix(" (tuned)") for n in names if n not in BASELINES}
+    base = {n: titles[n].removesuffix(" (tuned)").removesuffix(" (fine-tuned)") for n in names if n not in BASELINES}
     own = {title: COLOURS[i % len(COLOURS)] for i, title in enumerate(dict.fromkeys(base.values()))}
     greys = dict(zip(BASELINES, ("#B0B0B0", "#808080", "#404040"), strict=True))
     return {n: greys[n] if n in BASELINES else own[base[n]] for n in names}
@@ -556,7 +556,7 @@ def roc_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
             dashes = {"majority": ":", "metadata": "--", "thumbnail": "-."}
             ax.plot(at["false_positive_rate"], at["true_positive_rate"], color=colours[name],
                     lw=1.6 if name in BASELINES else 2,
-                    ls=dashes.get(name, "--" if is_tuned(name) else "-"),
+                    ls=dashes.get(name, "--" if name == "tuned" else ":" if is_tuned(name) else "-"),
                     label=f"{result['titles'][name]} {_said(s['auc'])}")
         s = next(iter(scores.values()))
         unit = "Hold-out" if protocol == "holdout" else "Grouped folds"

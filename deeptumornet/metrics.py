@@ -114,11 +114,11 @@ def weighted_auc(labels01: Sequence[int], scores: Sequence[float], weights: np.n
     return _auc(*_tied_sums(y, scores, np.atleast_2d(weights)))
 
 # %% ../nbs/08a_metrics.ipynb #c020
-METRICS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "f1", "auc", "average_precision",
-           "brier", "log_loss")
+METRICS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1", "mcc", "auc",
+           "average_precision", "brier", "log_loss")
 "The metrics of a summary, in the order of the tables"
 
-_SHARES = ("accuracy", "sensitivity", "specificity", "precision")
+_SHARES = ("accuracy", "sensitivity", "specificity", "precision", "npv")
 
 
 def metric_values(labels01: Sequence[int], p: Sequence[float], threshold: float,
@@ -128,7 +128,8 @@ def metric_values(labels01: Sequence[int], p: Sequence[float], threshold: float,
     Without `weights` there is one draw that holds each slice once. A slice is called positive when its probability
     `p` (n,) in 0..1 is at least `threshold`. Shares as in Altman and Bland, BMJ 308 (1994) 1552; balanced accuracy:
     Brodersen et al., ICPR 2010; average precision without interpolation; Brier, Monthly Weather Review 78 (1950) 1,
-    of the positive class alone; log loss of the positive class in nats, `p` cut to 1e-7..1-1e-7.
+    of the positive class alone; mcc: Matthews, Biochimica et Biophysica Acta 405 (1975) 442, undefined where all
+    slices are of one class or called one class; npv: share of the slices called negative that are; log loss of the positive class in nats, `p` cut to 1e-7..1-1e-7.
     Raises StudyError for NaN."""
     y, p = _checked(labels01, p)
     w = np.ones((1, len(y))) if weights is None else np.atleast_2d(weights).astype(np.float64)
@@ -139,15 +140,17 @@ def metric_values(labels01: Sequence[int], p: Sequence[float], threshold: float,
     tied = _tied_sums(y, p, w)
     sensitivity, specificity, total = _share(hit, hit + miss), _share(rest, rest + alarm), w.sum(1)
     values = (_share(hit + rest, total), (sensitivity + specificity) / 2, sensitivity, specificity,
-              _share(hit, hit + alarm), _share(2 * hit, 2 * hit + miss + alarm), _auc(*tied), _average_precision(*tied),
-              _share(brier, total), _share(loss, total))
+              _share(hit, hit + alarm), _share(rest, rest + miss), _share(2 * hit, 2 * hit + miss + alarm),
+              _share(hit * rest - miss * alarm, np.sqrt((hit + miss) * (rest + alarm) * (hit + alarm) * (rest + miss))),
+              _auc(*tied), _average_precision(*tied), _share(brier, total), _share(loss, total))
     return dict(zip(METRICS, values, strict=True))
 
 # %% ../nbs/08a_metrics.ipynb #c024
 _WHY = {
     "accuracy": "there are no slices", "balanced_accuracy": "one class has no slices",
     "sensitivity": "the positive class has no slices", "specificity": "the other class has no slices",
-    "precision": "no slice was called positive", "f1": "there are no positive slices, neither true nor called",
+    "precision": "no slice was called positive", "npv": "no slice was called negative",
+    "mcc": "one class has no slices, or all slices were called one class", "f1": "there are no positive slices, neither true nor called",
     "auc": "one class has no slices", "average_precision": "the positive class has no slices",
     "brier": "there are no slices", "log_loss": "there are no slices",
 }
@@ -179,7 +182,7 @@ def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, thr
     parts = [metric_values(y, p, threshold, weights) for weights in _chunks(counts, member)]
     drawn = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0) for name in METRICS}
     called, single = p >= threshold, counts.shape[1] == len(y)
-    concerned = {"accuracy": np.ones(len(y), bool), "sensitivity": y, "specificity": ~y, "precision": called}
+    concerned = {"accuracy": np.ones(len(y), bool), "sensitivity": y, "specificity": ~y, "precision": called, "npv": ~called}
     right = called == y
 
     def one(name: str) -> dict:

@@ -39,8 +39,12 @@ class StudyError(Exception):
 
 # %% ../nbs/00_study.ipynb #c007
 PROFILES = ("demo", "paper", "smoke")
-STAGES = ("collect", "preprocess", "train", "tune", "compare", "explain", "export")
-_CHOICES = {("preprocess", "normalise"): ("lungs", "masked", "scaling", "clahe"), ("train", "method"): ("scratch", "head"), ("tune", "search"): ("grid", "random", "bayesian")}
+STAGES = ("collect", "preprocess", "train", "tune", "finetune", "compare", "cost", "explain", "export")
+_CHOICES = {
+    ("preprocess", "normalise"): ("lungs", "masked", "scaling", "clahe"), ("train", "method"): ("scratch", "head"),
+    ("train", "optimizer"): ("adam", "adamw", "rmsprop"), ("train", "schedule"): ("constant", "cosine"),
+    ("train", "class_weight"): ("none", "balanced"), ("tune", "searches"): ("grid", "random", "bayesian", "hyperband"),
+}
 
 
 def project_root(start: Path | str = ".") -> Path:
@@ -77,15 +81,21 @@ def check_params(params: dict, root: Path) -> dict:
         if not isinstance(profile.get(stage), dict):
             raise StudyError(f"params.yaml: profile {params['profile']!r} has no block {stage!r}; add it")
     for (stage, key), allowed in _CHOICES.items():
-        if profile[stage].get(key) not in allowed:
-            raise wrong(f"{stage}.{key}", profile[stage].get(key), allowed)
+        value = profile[stage].get(key)
+        for one in value or [value] if isinstance(value, list) else [value]:
+            if one not in allowed:
+                raise wrong(f"{stage}.{key}", one, allowed)
+    for name in profile["finetune"].get("networks", []):
+        if name not in params["networks"]:
+            raise wrong("network in finetune.networks", name, params["networks"])
     for name in profile["collect"].get("folders", {}):
         if name not in params["classes"]:
             raise wrong("class in collect.folders", name, params["classes"])
-    per_network = {key: value for key, value in profile["train"].items() if isinstance(value, dict)}
-    for key, value in per_network.items():
-        for name in set(value) ^ set(params["networks"]):
-            raise StudyError(f"params.yaml: train.{key} and networks disagree about {name!r}; name it in both or neither")
+    for key, value in profile["train"].items():
+        if isinstance(value, dict) and key != "augment":
+            for name in (set(value) - {"others"}) ^ set(params["networks"]):
+                if name in value or "others" not in value:
+                    raise StudyError(f"params.yaml: train.{key} and networks disagree about {name!r}; name it in both, or give a value for others")
     return params
 
 
@@ -188,6 +198,10 @@ class Study:
         path = self.reports.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def candidate(self, name: str) -> Path:
+        "The reports of a candidate: networks/<name>, or the folder that its name gives, as in finetuned/resnet50"
+        return self.reports / name if "/" in name else self.reports / "networks" / name
 
     def need(self, path: Path, notebook: str) -> Path:
         """`path`, which `notebook` makes. Where it is missing, a smoke run in the scratch folder makes it first;

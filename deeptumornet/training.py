@@ -5,13 +5,14 @@
 # %% ../nbs/03_training.ipynb #c002
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import re
 import shutil
+import time
 import warnings
 import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,10 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
 
+from .features import Kept, cut, decode, slice_dataset
 from .groups import group_folds, random_split, readable
 from .preprocessing import load_manifest
 from .study import Study, StudyError, atomic, progress, sha256, tracked, write_csv, write_json
@@ -29,22 +33,24 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['CAFFE_MEANS', 'Network', 'load_network', 'deterministic', 'load_backbone', 'build_model', 'save_model', 'load_model',
-           'slice_dataset', 'training_dataset', 'fit_scratch', 'mean_of', 'scores', 'settle', 'compute_features',
-           'cached_features', 'Head', 'prediction_rows', 'cross_validate', 'settings_of', 'train', 'predict_slices',
-           'save_all', 'log_model', 'show_curve']
+__all__ = ['CAFFE_MEANS', 'LOW', 'Network', 'load_network', 'settings_of', 'deterministic', 'load_backbone', 'build_body',
+           'add_head', 'save_model', 'load_model', 'augment', 'training_dataset', 'Learner', 'scores', 'shuffled',
+           'settle', 'prediction_rows', 'class_indices', 'Features', 'fit_head', 'inner_split', 'jobs',
+           'cross_validate', 'predictor', 'predict_slices', 'fine_tune', 'train', 'seed_spread', 'all_features',
+           'save_all', 'log_run', 'show_curve', 'show_curves']
 
 # %% ../nbs/03_training.ipynb #c007
 @dataclass(frozen=True)
 class Network:
     """A network of keras.applications: `application` its name there, `native_size` and `least_size` in pixels a side,
-    `scaling` "caffe" (BGR less the ImageNet means) or "unit" (-1..1)."""
+    `scaling` "caffe" (BGR less the ImageNet means) or "unit" (-1..1), `cuts` the layers after which fine-tuning may begin."""
     name: str
     title: str
     application: str
     native_size: int
     least_size: int
     scaling: str
+    cuts: tuple[str, ...]
 
 
 def load_network(name: str) -> Network:
@@ -53,6 +59,13 @@ def load_network(name: str) -> Network:
         return importlib.import_module(f"deeptumornet.networks.{name}").NETWORK
     except ModuleNotFoundError as error:
         raise StudyError(f"network {name!r} has no module in deeptumornet/networks: write its notebook and run nbdev_export") from error
+
+
+def settings_of(study: Study, name: str) -> dict:
+    """The parameters of the train stage for the network `name`. A value given per network is its own, or that of `others`;
+    a size `native` is the network's."""
+    told = {k: v.get(name, v.get("others")) if isinstance(v, dict) and k != "augment" else v for k, v in study["train"].items()}
+    return told | {"size": load_network(name).native_size if told["size"] == "native" else told["size"]}
 
 # %% ../nbs/03_training.ipynb #c010
 def deterministic(seed: int) -> None:
@@ -109,10 +122,10 @@ def _kernels(model: keras.Model) -> list:
     return [v for v in model.variables if len(v.shape) >= 2]
 
 
-def build_model(backbone: keras.Model, network: Network, prepared: int, classes: int, dropout: float = 0.0) -> keras.Model:
-    """Prepared slices in (float32, n × prepared × prepared × 1, 0..255), softmax probabilities out (n × classes).
+def build_body(backbone: keras.Model, network: Network, prepared: int) -> keras.Model:
+    """Prepared slices in (float32, n × prepared × prepared × 1, 0..255), pooled features out (n × channels).
 
-    The layers before `backbone` scale and tone the slice as the network wants it; `features` is its pooled output."""
+    The layers before `backbone` scale and tone the slice as the network wants it."""
     import keras
     from keras import layers
 
@@ -122,9 +135,20 @@ def build_model(backbone: keras.Model, network: Network, prepared: int, classes:
     x = layers.Concatenate(name="channels")([x, x, x])
     scale = {"scale": 1.0, "offset": [-m for m in CAFFE_MEANS]} if network.scaling == "caffe" else {"scale": 1 / 127.5, "offset": -1.0}
     x = layers.Rescaling(**scale, name="scaling")(x)
-    x = layers.GlobalAveragePooling2D(name="features")(backbone(x))
-    x = layers.Dropout(dropout, name="dropout")(x) if dropout else x
-    return keras.Model(slices, layers.Dense(classes, activation="softmax", name="probabilities")(x), name=network.name)
+    return keras.Model(slices, layers.GlobalAveragePooling2D(name="features")(backbone(x)), name=network.name)
+
+
+def add_head(body: keras.Model, classes: int, settings: dict, seed: int) -> keras.Model:
+    """`body` with softmax probabilities (n × classes) on its layer `features`, past a hidden layer of `units` where these are not 0, and
+    a `dropout`; drawn from `seed`."""
+    import keras
+    from keras import layers
+
+    keras.utils.set_random_seed(seed)
+    x = body.get_layer("features").output
+    x = layers.Dense(settings["units"], activation="relu", name="hidden")(x) if settings["units"] else x
+    x = layers.Dropout(settings["dropout"], seed=seed, name="dropout")(x) if settings["dropout"] else x
+    return keras.Model(body.input, layers.Dense(classes, activation="softmax", name="probabilities")(x), name=body.name)
 
 
 def save_model(model: keras.Model, path: Path) -> None:
@@ -151,170 +175,184 @@ def load_model(path: Path) -> keras.Model:
     return keras.saving.load_model(path, compile=False, safe_mode=True)
 
 # %% ../nbs/03_training.ipynb #c017
-def slice_dataset(files: list[Path], batch: int) -> tf.data.Dataset:
-    "Batches of prepared slices, float32 (batch × size × size × 1) in 0..255, in the order of `files`"
+def augment(picture: tf.Tensor, key: tf.Tensor, settings: dict) -> tf.Tensor:
+    """A plausible other picture of the slice `picture` (float32, size × size × 1, 0..255), drawn from `key` (int64, 2).
+
+    At most: `shift` of the side, in whole pixels; `rotate` degrees; `scale` and `intensity`, factors more or less than one; a standard
+    deviation of `noise` grey values; a share `blur` of a 3×3 mean. `flip`: a mirror image in half the cases."""
     import tensorflow as tf
 
-    paths = tf.data.Dataset.from_tensor_slices([str(f) for f in files])
-    return paths.map(_decode, num_parallel_calls=2).batch(batch).prefetch(2)
+    size = picture.shape[0] or tf.shape(picture)[0]
+    draw = tf.random.stateless_uniform((7,), key, -1, 1)
+    middle = (tf.cast(size, tf.float32) - 1) / 2
+    shift = tf.round(draw[:2] * settings["shift"] * tf.cast(size, tf.float32))
+    angle, factor = draw[2] * settings["rotate"] * np.pi / 180, 1 + draw[3] * settings["scale"]
+    cos, sin = tf.cos(angle) / factor, tf.sin(angle) / factor
+    rows = [cos, -sin, middle - cos * middle + sin * middle + shift[0], sin, cos, middle - sin * middle - cos * middle + shift[1], 0.0, 0.0]
+    picture = tf.raw_ops.ImageProjectiveTransformV3(images=picture[None], transforms=tf.stack(rows)[None], output_shape=[size, size],
+                                                    fill_value=0.0, interpolation="BILINEAR", fill_mode="CONSTANT")
+    if settings["blur"]:
+        share = settings["blur"] * (draw[4] + 1) / 2
+        picture = (1 - share) * picture + share * tf.nn.avg_pool2d(picture, 3, 1, "SAME")
+    picture = picture[0] * (1 + draw[5] * settings["intensity"])
+    if settings["noise"]:
+        picture += settings["noise"] * (draw[6] + 1) / 2 * tf.random.stateless_normal(tf.shape(picture), key + 1)
+    if settings["flip"]:
+        picture = tf.image.stateless_random_flip_left_right(picture, key + 2)
+    return tf.clip_by_value(picture, 0, 255)
 
 
-def _decode(path: tf.Tensor) -> tf.Tensor:
+def training_dataset(files: Sequence[Path], labels: np.ndarray, batch: int, seed: int, settings: dict | None) -> tf.data.Dataset:
+    "Endless shuffled batches (slices, class indices) for training, augmented as `settings` say, where they do"
     import tensorflow as tf
 
-    return tf.cast(tf.io.decode_png(tf.io.read_file(path), channels=1), tf.float32)
-
-
-def training_dataset(files: list[Path], labels: np.ndarray, batch: int, seed: int, size: int) -> tf.data.Dataset:
-    "Endless shuffled, augmented batches (slices, labels) for training; labels are class indices"
-    import tensorflow as tf
-
-    def augment(index, item):
-        path, label = item
-        key = tf.stack([tf.cast(seed, tf.int64), index])
-        picture = tf.image.stateless_random_flip_left_right(_decode(path), key)
-        shift = tf.random.stateless_uniform((2,), key + 1, -(size // 20), size // 20 + 1, tf.int32)
-        return tf.roll(picture, shift, (0, 1)), label
+    def one(index: tf.Tensor, item: tuple) -> tuple:
+        picture = decode(item[0])
+        return (augment(picture, tf.stack([tf.cast(seed, tf.int64), index]), settings) if settings else picture), item[1]
 
     pairs = tf.data.Dataset.from_tensor_slices(([str(f) for f in files], labels.astype("int64")))
     shuffled = pairs.shuffle(len(files), seed=seed).repeat().enumerate()
-    return shuffled.map(augment, num_parallel_calls=2).batch(batch).prefetch(4)
-
-# %% ../nbs/03_training.ipynb #c019
-def fit_scratch(model: keras.Model, train: tuple[list[Path], np.ndarray], validation: tuple[list[Path], np.ndarray],
-                settings: dict, seed: int) -> pd.DataFrame:
-    """Train every layer of `model` in place; the curve, one row per epoch with loss and accuracy of both parts.
-
-    `train` and `validation` are (files, class indices). Raises StudyError where the loss is not a number."""
-    import keras
-
-    files, labels = train
-    steps = int(np.ceil(len(files) / settings["batch"]))
-    for layer in model.get_layer("backbone").layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9
-    total, warm = steps * settings["epochs"], min(100, steps)
-    rate = keras.optimizers.schedules.CosineDecay(settings["rate"] / 100, total - warm, warmup_target=settings["rate"], warmup_steps=warm)
-    model.compile(keras.optimizers.AdamW(rate), "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
-    batches = iter(training_dataset(files, labels, settings["batch"], seed, model.input_shape[1]))
-    rows, logs, best, bar = [], [], None, progress(range(total), model.name)
-    for step in bar:
-        logs.append(model.train_on_batch(*next(batches), return_dict=True))
-        if (step + 1) % steps:
-            continue
-        held = predict_slices(model, validation[0])
-        rows.append({"epoch": len(rows), **mean_of(logs[-steps:]), **scores(held, validation[1])})
-        bar.set_postfix({k: f"{rows[-1][k]:.3f}" for k in ("loss", "val_loss")})
-        if rows[-1]["val_loss"] <= min(row["val_loss"] for row in rows):
-            best = model.get_weights()
-    curve = pd.DataFrame(rows)
-    if not np.isfinite(curve[["loss", "val_loss"]]).all(axis=None):
-        raise StudyError(f"the loss of {model.name} became infinite: lower train.rate from {settings['rate']}")
-    model.set_weights(best)
-    return curve
-
-
-def mean_of(logs: list[dict]) -> dict[str, float]:
-    "The means of the batches' loss and accuracy"
-    return {k: float(np.mean([log[k] for log in logs])) for k in ("loss", "accuracy")}
-
-
-def scores(p: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    "val_loss (natural logarithm) and val_accuracy of probabilities `p` (n × classes) for class indices `labels`"
-    true = np.clip(p[np.arange(len(labels)), labels], 1e-7, 1)
-    return {"val_loss": float(-np.log(true).mean()), "val_accuracy": float((p.argmax(1) == labels).mean())}
+    return shuffled.map(one, num_parallel_calls=2).batch(batch).prefetch(4)
 
 # %% ../nbs/03_training.ipynb #c021
-def settle(model: keras.Model, files: list[Path]) -> None:
+class Learner:
+    "A model and its optimizer; `fit` trains it from the weights that it had when this was made, any number of times"
+
+    def __init__(self, model: keras.Model, settings: dict):
+        import keras
+        import tensorflow as tf
+
+        self.model, self.settings, self.classes = model, settings, model.output_shape[-1]
+        kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "rmsprop": keras.optimizers.RMSprop}[settings["optimizer"]]
+        self.optimizer = kind(settings["rate"], **({"weight_decay": settings["weight_decay"]} if settings["weight_decay"] else {}))
+        self.optimizer.build(model.trainable_variables)
+        self.start = [v.numpy() for v in self.variables]
+        self.step = tf.function(self._step, autograph=False, reduce_retracing=True)
+
+    @property
+    def variables(self) -> list:
+        return [*self.model.variables, *self.optimizer.variables]
+
+    def _step(self, x: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple:
+        import keras
+        import tensorflow as tf
+
+        smoothing = self.settings["label_smoothing"]
+        with tf.GradientTape() as tape:
+            p = self.model(x, training=True)
+            wanted = tf.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
+            loss = tf.reduce_mean(weights * keras.losses.categorical_crossentropy(wanted, p))
+        gradients = tape.gradient(loss, self.model.trainable_variables)
+        self.optimizer.apply(gradients, self.model.trainable_variables)
+        return loss, p
+
+    def rates(self, steps: int) -> list[float]:
+        "The learning rate of each step: constant, or a warm-up and a cosine decay to a hundredth"
+        import keras
+
+        settings, total = self.settings, steps * self.settings["epochs"]
+        if settings["schedule"] == "constant":
+            return [settings["rate"]] * total
+        warm = min(100, steps)
+        cosine = keras.optimizers.schedules.CosineDecay(settings["rate"] / 100, total - warm, warmup_target=settings["rate"], warmup_steps=warm)
+        return [float(cosine(step)) for step in range(total)]
+
+    def fit(self, batches: Iterable[tuple], labels: np.ndarray, steps: int, validate: Callable[[], tuple] | None = None,
+            positive: int = 1, what: str = "") -> pd.DataFrame:
+        """Train on `steps` of `batches` (inputs, class indices) an epoch; the curve, one row per epoch with loss, accuracy and AUC of
+        the class index `positive`, of the training and (val_) the validation part.
+
+        `labels` (int, n) are all that are trained on: with class_weight balanced they make the classes weigh the same. `validate` gives
+        the probabilities (n × classes) and labels of the validation part; without it all epochs are run and the last weights stay. With
+        `what`, a progress bar of that name is shown. Raises StudyError where the loss is not a number or memory runs out."""
+        import tensorflow as tf
+
+        settings, counts = self.settings, np.bincount(labels, minlength=self.classes)
+        if (counts == 0).any():
+            raise StudyError(f"a training part has no slice of class number {int(np.argmin(counts))}: ask for fewer folds in params.yaml")
+        for variable, value in zip(self.variables, self.start, strict=True):
+            variable.assign(value)
+        weights = (len(labels) / self.classes / counts if settings["class_weight"] == "balanced" else np.ones(self.classes)).astype(np.float32)
+        rates, rows, best, batches = self.rates(steps), [], None, iter(batches)
+        bar = progress(None, what, len(rates)) if what else None
+        for epoch in range(settings["epochs"]):
+            losses, seen, told = [], [], []
+            for step in range(steps):
+                x, y = next(batches)
+                self.optimizer.learning_rate.assign(rates[epoch * steps + step])
+                try:
+                    loss, p = self.step(x, y, weights[np.asarray(y)])
+                except tf.errors.ResourceExhaustedError as error:
+                    raise StudyError(f"memory is not enough to train {self.model.name} on batches of {len(y)}: lower train.batch or "
+                                     "train.size in params.yaml, or close other programs") from error
+                losses.append(loss), seen.append(p), told.append(y)
+                if bar is not None:
+                    bar.update()
+            row = {"epoch": epoch, "loss": float(np.mean(losses)), **scores(np.concatenate(seen), np.concatenate(told), positive)}
+            if not np.isfinite(row["loss"]):
+                raise StudyError(f"the loss of {self.model.name} is no longer a number: lower train.rate from {settings['rate']}")
+            if validate is not None:
+                row |= {f"val_{k}": v for k, v in _with_loss(*validate(), positive).items()}
+                if best is None or row["val_loss"] < best[0]:
+                    best = row["val_loss"], epoch, self.model.get_weights()
+            rows.append(row)
+            if bar is not None:
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "val_loss") if k in row})
+            if best and settings["patience"] and epoch - best[1] >= settings["patience"]:
+                break
+        if bar is not None:
+            bar.close()
+        if best:
+            self.model.set_weights(best[2])
+        return pd.DataFrame(rows)
+
+    def predict(self, inputs: list[np.ndarray]) -> np.ndarray:
+        "Probabilities (n × classes) for the model's `inputs`"
+        return np.asarray(self.model(inputs, training=False))
+
+
+def scores(p: np.ndarray, labels: np.ndarray, positive: int) -> dict[str, float]:
+    "Accuracy of the likeliest class, and AUC of the class index `positive` (NaN where one side is empty), of probabilities `p` (n × classes)"
+    is_positive = labels == positive
+    auc = roc_auc_score(is_positive, p[:, positive]) if 0 < is_positive.sum() < len(labels) and np.isfinite(p).all() else np.nan
+    return {"accuracy": float((p.argmax(1) == labels).mean()), "auc": float(auc)}
+
+
+def _with_loss(p: np.ndarray, labels: np.ndarray, positive: int) -> dict[str, float]:
+    true = np.clip(p[np.arange(len(labels)), labels], 1e-7, 1)
+    return {"loss": float(-np.log(true).mean()), **scores(p, labels, positive)}
+
+
+def shuffled(read: Callable[[np.ndarray], list[np.ndarray]], labels: np.ndarray, batch: int, seed: int) -> tuple[Iterable[tuple], int]:
+    "Endless batches (what `read` gives for some numbers of 0 .. n-1, their labels), mixed anew for each epoch, and their number in an epoch"
+    def endless() -> Iterable[tuple]:
+        order = np.random.default_rng(seed)
+        while True:
+            mixed = order.permutation(len(labels))
+            for start in range(0, len(mixed), batch):
+                yield read(mixed[start:start + batch]), labels[mixed[start:start + batch]]
+
+    return endless(), int(np.ceil(len(labels) / batch))
+
+# %% ../nbs/03_training.ipynb #c027
+def settle(model: keras.Model, files: Sequence[Path]) -> None:
     "Set the batch normalisation statistics of `model`, in place, from at most 20 batches of 32 of the prepared slices in `files`"
-    import keras
     import tensorflow as tf
 
-    norms = [layer for layer in model.get_layer("backbone").layers if isinstance(layer, keras.layers.BatchNormalization)]
+    norms = _norms(model)
     for layer in norms:
         layer.momentum = 0.5
     run = tf.function(lambda batch: model(batch, training=True), autograph=False, reduce_retracing=True)
-    for batch in slice_dataset(files, 32).take(20):
+    for batch in slice_dataset(files).take(20):
         run(batch)
     for layer in norms:
         layer.momentum = 0.99
 
-# %% ../nbs/03_training.ipynb #c023
-def compute_features(model: keras.Model, files: list[Path], what: str) -> np.ndarray:
-    "The pooled features of the prepared slices in `files` (float32, n × channels), in batches, with a progress bar"
+
+def _norms(model: keras.Model) -> list:
     import keras
-    import tensorflow as tf
 
-    extract = keras.Model(model.input, model.get_layer("features").output)
-    run = tf.function(lambda batch: extract(batch, training=False), autograph=False, reduce_retracing=True)
-    batches = progress(slice_dataset(files, 32), what, int(np.ceil(len(files) / 32)))
-    return np.concatenate([run(batch).numpy() for batch in batches])
-
-
-def cached_features(model: keras.Model, key: str, slices: Path, image_ids: list[str], cache: Path) -> np.ndarray:
-    """The features of `image_ids` (n × channels), read from `cache` where a file of the same `key`, slices and model
-    shape is there and whole, else computed and written."""
-    named = hashlib.sha256(json.dumps([key, model.name, list(model.input_shape[1:]), image_ids]).encode()).hexdigest()[:24]
-    file = cache / f"{model.name}-{named}.npz"
-    try:
-        with np.load(file) as kept:
-            return kept["features"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        features = compute_features(model, [slices / f"{i}.png" for i in image_ids], f"features of {model.name}")
-    with atomic(file) as temporary, open(temporary, "wb") as target:
-        np.savez(target, features=features)
-    return features
-
-# %% ../nbs/03_training.ipynb #c025
-class Head:
-    "A dropout and a softmax layer on features; `fit` trains it from its seeded start, any number of times"
-
-    def __init__(self, channels: int, classes: int, settings: dict, seed: int, optimizer: str = "adam", units: int = 0):
-        import keras
-
-        keras.utils.set_random_seed(seed)
-        layers = [keras.Input((channels,))]
-        if units:
-            layers.append(keras.layers.Dense(units, activation="relu", name="hidden"))
-        if settings["dropout"]:
-            layers.append(keras.layers.Dropout(settings["dropout"], seed=seed, name="dropout"))
-        layers.append(keras.layers.Dense(classes, activation="softmax", name="probabilities"))
-        self.model, self.settings, self.seed, self.classes = keras.Sequential(layers), settings, seed, classes
-        optimizer = keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": settings["rate"]}})
-        self.model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
-        optimizer.build(self.model.trainable_variables)
-        self.start = [v.numpy() for v in self.variables]
-
-    @property
-    def variables(self) -> list:
-        return [*self.model.variables, *self.model.optimizer.variables]
-
-    def fit(self, features: np.ndarray, labels: np.ndarray, validation: tuple | None = None) -> pd.DataFrame:
-        "Train on `features` (n × channels) and class indices `labels`, classes weighted equally; the curve per epoch"
-        for variable, value in zip(self.variables, self.start, strict=True):
-            variable.assign(value)
-        counts = np.bincount(labels, minlength=self.classes)
-        if (counts == 0).any():
-            raise StudyError(f"a training part has no slice of class number {int(np.argmin(counts))}: ask for fewer folds in params.yaml")
-        order = np.random.default_rng(self.seed)
-        rows, batch = [], self.settings["batch"]
-        weight = (len(labels) / self.classes / counts)[labels].astype("float32")
-        for epoch in range(self.settings["epochs"]):
-            mixed = order.permutation(len(labels))
-            parts = [mixed[start:start + batch] for start in range(0, len(mixed), batch)]
-            row = {"epoch": epoch, **mean_of([self.model.train_on_batch(features[part], labels[part], sample_weight=weight[part], return_dict=True)
-                                              for part in parts])}
-            if validation is not None:
-                row |= scores(self.predict(validation[0]), validation[1])
-            rows.append(row)
-        curve = pd.DataFrame(rows)
-        if not np.isfinite(curve["loss"]).all():
-            raise StudyError(f"the loss of a head became infinite: lower train.rate from {self.settings['rate']}")
-        return curve
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        "Probabilities (n × classes) for `features` (n × channels)"
-        return np.asarray(self.model.predict_on_batch(features))
+    return [layer for layer in model.get_layer("backbone").layers if isinstance(layer, keras.layers.BatchNormalization)]
 
 # %% ../nbs/03_training.ipynb #c029
 def prediction_rows(rows: pd.DataFrame, p: np.ndarray, classes: list[str], **fixed) -> pd.DataFrame:
@@ -323,128 +361,244 @@ def prediction_rows(rows: pd.DataFrame, p: np.ndarray, classes: list[str], **fix
     return table.assign(**{f"p_{label}": p[:, k] for k, label in enumerate(classes)})
 
 
-def cross_validate(head: Head, features: pd.DataFrame, manifest: pd.DataFrame, study: Study, network: str) -> pd.DataFrame:
-    """Out-of-sample predictions of both protocols: `grouped` (repeated stratified group folds of train and validation
-    slices) and `published` (repeated random 70/30 splits over all files). `features` is indexed by image_id."""
-    settings, parts = study["train"], []
-    index = {label: k for k, label in enumerate(study.classes)}
+def class_indices(rows: pd.DataFrame, study: Study) -> np.ndarray:
+    "The number of each row's class in the order of params.yaml, int (n,)"
+    return rows["label"].map({label: k for k, label in enumerate(study.classes)}).to_numpy(int)
 
-    def one(rows: pd.DataFrame, test: np.ndarray, **fixed) -> pd.DataFrame:
-        x, y = features.loc[rows["image_id"]].to_numpy(), rows["label"].map(index).to_numpy()
-        head.fit(x[~test], y[~test])
-        return prediction_rows(rows[test], head.predict(x[test]), study.classes, network=network, **fixed)
 
+@dataclass(frozen=True)
+class Features:
+    "What the frozen network makes of slices: `values` (float32, n × channels), and the row of each image_id in them"
+    values: np.ndarray
+    row: dict[str, int]
+
+    def at(self, rows: pd.DataFrame) -> np.ndarray:
+        "The rows of `values` for the slices in `rows`, int"
+        return np.array([self.row[name] for name in rows["image_id"]], int)
+
+
+def fit_head(head: Learner, features: Features, train: pd.DataFrame, validation: pd.DataFrame, study: Study, seed: int | None = None) -> pd.DataFrame:
+    "Train `head` on the slices `train`, in an order drawn from `seed` (the study's), ended by those of `validation`; the curve"
+    at, labels = features.at(train), class_indices(train, study)
+    batches, steps = shuffled(lambda part: [features.values[at[part]]], labels, head.settings["batch"], study.seed if seed is None else seed)
+    held, truth = features.values[features.at(validation)], class_indices(validation, study)
+    return head.fit(batches, labels, steps, lambda: (head.predict([held]), truth), study.classes.index(study.positive))
+
+
+def inner_split(rows: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndarray:
+    "True for the rows that end the training: a grouped fold, or under the `published` protocol a fifth of the files at random"
+    return random_split(rows, seed, 0.2) if protocol == "published" else group_folds(rows, folds, seed) == 0
+
+
+def jobs(manifest: pd.DataFrame, study: Study) -> list[tuple[pd.DataFrame, np.ndarray, dict]]:
+    """What both protocols ask for: (rows, which of them are tested, {"protocol", "repeat", "fold"}) for each training.
+
+    `grouped`: repeated stratified group folds of the train and validation slices. `published`: repeated random 70/30 splits of all files."""
+    settings, folds = study["train"], study["preprocess"]["folds"]
     kept = manifest[manifest["split"].isin(["train", "validation"])]
-    jobs = [(repeat, fold) for repeat in range(settings["repeats"]) for fold in range(study["preprocess"]["folds"])]
-    for repeat, fold in progress(jobs, "grouped folds"):
-        folds = group_folds(kept, study["preprocess"]["folds"], study.seed + 100 + repeat)
-        parts.append(one(kept, folds == fold, protocol="grouped", repeat=repeat, fold=fold))
-    named = manifest[manifest["status"] == "kept"].set_index("image_id")["group"]
+    found = []
+    for repeat in range(settings["repeats"]):
+        fold = group_folds(kept, folds, study.seed + 100 + repeat)
+        found += [(kept, fold == k, {"protocol": "grouped", "repeat": repeat, "fold": k}) for k in range(folds)]
     everything = readable(manifest)
+    named = manifest[manifest["status"] == "kept"].set_index("image_id")["group"]
     everything = everything.assign(group=everything["image_id"].map(named))
-    for repeat in progress(range(settings["published_repeats"]), "random splits"):
-        parts.append(one(everything, random_split(everything, study.seed + repeat), protocol="published", repeat=repeat, fold=0))
+    return found + [(everything, random_split(everything, study.seed + repeat), {"protocol": "published", "repeat": repeat, "fold": 0})
+                    for repeat in range(settings["published_repeats"])]
+
+
+def cross_validate(head: Learner, features: Features, manifest: pd.DataFrame, study: Study, network: str) -> pd.DataFrame:
+    "Out-of-sample predictions of both protocols"
+    parts = []
+    for rows, test, told in progress(jobs(manifest, study), f"folds of {network}"):
+        rest = rows[~test]
+        inner = inner_split(rest, told["protocol"], study["preprocess"]["folds"], study.seed + told["repeat"])
+        fit_head(head, features, rest[~inner], rest[inner], study)
+        p = head.predict([features.values[features.at(rows[test])]])
+        parts.append(prediction_rows(rows[test], p, study.classes, network=network, **told))
     return pd.concat(parts) if parts else pd.DataFrame()
 
+# %% ../nbs/03_training.ipynb #c031
+LOW = 0.01
+"The rate of fine-tuning by the rate of the head"
 
-def settings_of(study: Study, name: str) -> dict:
-    "The parameters of the train stage for the network `name`: where a value is given per network, its own"
-    return {k: v[name] if isinstance(v, dict) else v for k, v in study["train"].items()}
+
+def predictor(model: keras.Model) -> Callable[[Sequence[Path]], np.ndarray]:
+    "A function from prepared slices' files to probabilities (n × classes), in batches; traced once"
+    import tensorflow as tf
+
+    run = tf.function(lambda batch: model(batch, training=False), autograph=False, reduce_retracing=True)
+    return lambda files: np.concatenate([run(batch).numpy() for batch in slice_dataset(files)])
 
 
+def predict_slices(model: keras.Model, files: Sequence[Path]) -> np.ndarray:
+    "Probabilities (n × classes) of the prepared slices in `files`, in batches"
+    return predictor(model)(files)
+
+
+def fine_tune(model: keras.Model, depth: int, train: pd.DataFrame, validation: pd.DataFrame, settings: dict, study: Study) -> pd.DataFrame:
+    """Train, in place, what comes after the `depth`-th of the network's cuts in `model`, from the weights it has, at `LOW` times the rate; the curve.
+
+    Without augmentation the activations at the cut are kept, so that the lower part runs once for each slice; batch normalisation keeps
+    its statistics."""
+    for layer in _norms(model):
+        layer.trainable = False
+    lower, upper = cut(model, load_network(model.name).cuts[depth - 1])
+    slow = settings | {"rate": settings["rate"] * LOW}
+    files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in (("train", train), ("validation", validation))}
+    labels, truth = class_indices(train, study), class_indices(validation, study)
+    steps = int(np.ceil(len(labels) / settings["batch"]))
+    positive, what = study.classes.index(study.positive), f"fine-tuning {model.name}"
+    if settings["augment"]:
+        lower.trainable = False
+        batches, look = training_dataset(files["train"], labels, settings["batch"], study.seed, settings["augment"]), predictor(model)
+        return Learner(model, slow).fit(batches, labels, steps, lambda: (look(files["validation"]), truth), positive, what)
+    kept = Kept(lower, study.workspace / ".cache")
+    kept(files["train"] + files["validation"], f"activations of {model.name}")
+    batches, steps = shuffled(lambda part: kept.read([files["train"][k] for k in part]), labels, settings["batch"], study.seed)
+    learner = Learner(upper, slow)
+
+    def look() -> tuple[np.ndarray, np.ndarray]:
+        some = range(0, len(truth), settings["batch"])
+        return np.concatenate([learner.predict(kept.read(files["validation"][k:k + settings["batch"]])) for k in some]), truth
+
+    return learner.fit(batches, labels, steps, look, positive, what)
+
+# %% ../nbs/03_training.ipynb #c033
 def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFrame]:
     """Train the network `name`, write models/<name>/ and its curve and predictions under reports; (model, curve, predictions).
 
     Everything is in one MLflow run. Raises StudyError for bad parameters or weights."""
     network, settings = load_network(name), settings_of(study, name)
     manifest = load_manifest(study.manifest)
-    weights, size, prepared = str(settings["weights"]), settings["size"], study["preprocess"]["size"]
     deterministic(study.seed)
-    backbone = load_backbone(network, size, weights, study.root)
-    model = build_model(backbone, network, prepared, len(study.classes), settings["dropout"])
-    index = {label: k for k, label in enumerate(study.classes)}
+    backbone = load_backbone(network, settings["size"], str(settings["weights"]), study.root)
+    model = add_head(build_body(backbone, network, study["preprocess"]["size"]), len(study.classes), settings, study.seed)
     parts = {part: manifest[manifest["split"] == part] for part in ("train", "validation")}
-    labels = {part: rows["label"].map(index).to_numpy() for part, rows in parts.items()}
-    told = {"network": name, "weights": weights, "size": size, **{k: settings[k] for k in ("method", "epochs", "batch", "rate", "dropout")}}
-    with tracked(study, f"train {name}", told):
-        import mlflow
-
+    files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in parts.items()}
+    labels = {part: class_indices(rows, study) for part, rows in parts.items()}
+    start = time.monotonic()
+    with tracked(study, f"train {name}", {"network": name, **settings}):
         if settings["method"] == "scratch":
-            files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in parts.items()}
-            curve = fit_scratch(model, (files["train"], labels["train"]), (files["validation"], labels["validation"]), settings, study.seed)
-            predictions = pd.DataFrame()
+            for layer in _norms(model):  # the run has few steps, so batch normalisation forgets faster than by default
+                layer.momentum = 0.9
+            look = predictor(model)
+            batches = training_dataset(files["train"], labels["train"], settings["batch"], study.seed, settings["augment"])
+            curve = Learner(model, settings).fit(batches, labels["train"], int(np.ceil(len(files["train"]) / settings["batch"])),
+                                                 lambda: (look(files["validation"]), labels["validation"]),
+                                                 study.classes.index(study.positive), name)
+            seconds = time.monotonic() - start
+            predictions = spread = pd.DataFrame()
         else:
-            ids = [*parts["train"]["image_id"], *parts["validation"]["image_id"]]
-            if settings["published_repeats"]:
-                ids = sorted({*ids, *readable(manifest)["image_id"]})
-            key = f"{weights}:{study.seed}" if weights in ("none", "imagenet") else sha256(study.root / weights)
-            key += json.dumps([size, study["preprocess"]])
-            if weights == "none":
-                settle(model, [study.slices / f"{i}.png" for i in parts["train"]["image_id"]])
-            values = cached_features(model, key, study.slices, ids, study.workspace / ".cache")
-            features = pd.DataFrame(values, index=ids)
-            x = {part: features.loc[rows["image_id"]].to_numpy() for part, rows in parts.items()}
-            head = Head(x["train"].shape[1], len(study.classes), settings, study.seed)
+            if settings["weights"] == "none":
+                settle(model, files["train"])
+            body, top = cut(model, "features")
+            features = all_features(body, manifest, study)
+            head = Learner(top, settings)
+            seconds = time.monotonic() - start
             predictions = cross_validate(head, features, manifest, study, name)
-            curve = head.fit(x["train"], labels["train"], (x["validation"], labels["validation"]))
-            model.get_layer("probabilities").set_weights(head.model.get_layer("probabilities").get_weights())
-        held = predict_slices(model, [study.slices / f"{i}.png" for i in parts["validation"]["image_id"]])
+            start = time.monotonic()
+            curve = fit_head(head, features, parts["train"], parts["validation"], study)
+            seconds += time.monotonic() - start
+            spread = seed_spread(model, features, parts["train"], parts["validation"], settings, study)
+        held = predict_slices(model, files["validation"])
         validation = prediction_rows(parts["validation"], held, study.classes, network=name, protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([validation, predictions], ignore_index=True)
-        save_all(study, model, network, weights, size, curve, predictions)
-        for row in curve.to_dict("records"):
-            mlflow.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
-        log_model(study, model, name, parts["validation"]["image_id"].iloc[:2])
+        save_all(study, model, network, settings, curve, predictions, seconds)
+        if len(spread):
+            write_csv(study.candidate(name) / "seeds.csv", spread)
+        log_run(study, model, name, curve, parts["validation"]["image_id"].iloc[:2])
     return model, curve, predictions
 
 
-def predict_slices(model: keras.Model, files: list[Path]) -> np.ndarray:
-    "Probabilities (n × classes) of the prepared slices in `files`, in batches"
-    import tensorflow as tf
+def seed_spread(model: keras.Model, features: Features, train: pd.DataFrame, validation: pd.DataFrame, settings: dict, study: Study) -> pd.DataFrame:
+    """What chance alone changes: heads like that of `model`, drawn and fed from `train.seeds` other seeds; one row each with seed, val_loss,
+    val_accuracy and val_auc."""
+    rows = []
+    for seed in range(study.seed + 1, study.seed + 1 + settings["seeds"]):
+        head = Learner(cut(add_head(model, len(study.classes), settings, seed), "features")[1], settings)
+        curve = fit_head(head, features, train, validation, study, seed)
+        best = curve.loc[curve["val_loss"].idxmin()]
+        rows.append({"seed": seed, **best[["val_loss", "val_accuracy", "val_auc"]]})
+    return pd.DataFrame(rows)
 
-    run = tf.function(lambda batch: model(batch, training=False), autograph=False, reduce_retracing=True)
-    return np.concatenate([run(batch).numpy() for batch in slice_dataset(files, 32)])
+
+def all_features(body: keras.Model, manifest: pd.DataFrame, study: Study) -> Features:
+    "The features of every slice that the protocols need; from the cache where they are kept"
+    rows = readable(manifest) if study["train"]["published_repeats"] else manifest[manifest["split"].isin(["train", "validation"])]
+    ids = sorted(set(rows["image_id"]))
+    values, = Kept(body, study.workspace / ".cache")([study.slices / f"{i}.png" for i in ids], f"features of {body.name}")
+    return Features(values, {name: k for k, name in enumerate(ids)})
 
 
-def save_all(study: Study, model: keras.Model, network: Network, weights: str, size: int, curve: pd.DataFrame,
-             predictions: pd.DataFrame, name: str | None = None) -> None:
-    "Write models/<name>/ (model.keras, card.json) and reports/<profile>/networks/<name>/ (curve.csv, predictions.csv, the card)"
+def save_all(study: Study, model: keras.Model, network: Network, settings: dict, curve: pd.DataFrame, predictions: pd.DataFrame,
+             seconds: float, name: str | None = None, **more) -> None:
+    """Write models/<name>/ (model.keras, card.json) and the candidate's reports (curve.csv, predictions.csv, the card). `more`
+    stands in the card too; the `seconds` that the training took stand apart, for they differ from run to run and nothing else does."""
     name = name or network.name
     with atomic(study.models / name) as folder:
         folder.mkdir()
         save_model(model, folder / "model.keras")
         write_json(folder / "card.json", {
             "network": name, "title": network.title, "classes": study.classes, "positive": study.positive, "profile": study.profile,
-            "weights": weights, "method": study["train"]["method"], "size": size, "parameters": model.count_params(),
+            "weights": str(settings["weights"]), "method": settings["method"], "size": settings["size"], "parameters": model.count_params(),
             "input": {"size": model.input_shape[1], "channels": 1, "range": [0, 255], "normalise": study["preprocess"]["normalise"]},
-            "data_sha256": sha256(study.manifest), "files": {"model.keras": sha256(folder / "model.keras")},
+            "data_sha256": sha256(study.manifest), "files": {"model.keras": sha256(folder / "model.keras")}, **more,
         })
-    with atomic(study.report("networks", name)) as folder:
+    with atomic(study.candidate(name)) as folder:
         folder.mkdir()
         shutil.copyfile(study.models / name / "card.json", folder / "card.json")
         write_csv(folder / "curve.csv", curve)
         write_csv(folder / "predictions.csv", predictions)
+    timing = study.reports / "timings" / study.candidate(name).relative_to(study.reports).with_suffix(".json")
+    write_json(timing, {"training_seconds": seconds})
 
 
-def log_model(study: Study, model: keras.Model, name: str, image_ids: pd.Series) -> None:
-    "Log `model` to the MLflow run under way, with signature and input example"
+def log_run(study: Study, model: keras.Model, name: str, curve: pd.DataFrame, image_ids: Sequence[str]) -> None:
+    "Log to the MLflow run under way: the curve per epoch and as a figure, and `model` with signature and input example"
     import keras
     import mlflow
     import tensorflow as tf
 
+    for row in curve.to_dict("records"):
+        mlflow.log_metrics({k: v for k, v in row.items() if k != "epoch" and np.isfinite(v)}, step=int(row["epoch"]))
+    figure = show_curve(curve, model.name)
+    mlflow.log_figure(figure, "curve.png")
+    plt.close(figure)
     example = next(iter(slice_dataset([study.slices / f"{i}.png" for i in image_ids], 2))).numpy()
     signature = mlflow.models.infer_signature(example, np.asarray(model(example, training=False)))
-    mlflow.tensorflow.log_model(model, name=name, signature=signature, input_example=example,
-                           pip_requirements=[f"keras=={keras.__version__}", f"tensorflow-cpu=={tf.__version__}"])
+    mlflow.tensorflow.log_model(model, name=name.replace("/", "-"), signature=signature, input_example=example,
+                                pip_requirements=[f"keras=={keras.__version__}", f"tensorflow-cpu=={tf.__version__}"])
 
-# %% ../nbs/03_training.ipynb #c031
+# %% ../nbs/03_training.ipynb #c035
 def show_curve(curve: pd.DataFrame, title: str) -> plt.Figure:
-    "Loss and accuracy per epoch, training (solid) and validation (dashed)"
+    "Loss and AUC per epoch, training (solid) and validation (dashed), and the epoch whose weights were kept"
     figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for panel, what in zip(panels, ("loss", "accuracy"), strict=True):
+    best = curve["val_loss"].idxmin()
+    for panel, what, name in zip(panels, ("loss", "auc"), ("loss", "AUC"), strict=True):
         panel.plot(curve["epoch"] + 1, curve[what], color="#0072B2", marker="o", markersize=3, label="training")
         panel.plot(curve["epoch"] + 1, curve[f"val_{what}"], color="#D55E00", marker="s", markersize=3, linestyle="--", label="validation")
-        panel.set(xlabel="epoch", ylabel=what)
+        panel.axvline(best + 1, color="#999999", linewidth=1, linestyle=":")
+        panel.set(xlabel="epoch", ylabel=name)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(frameon=False)
-    figure.suptitle(f"{title}: lowest validation loss {curve['val_loss'].min():.3f} in epoch {curve['val_loss'].idxmin() + 1}")
+    figure.suptitle(f"{title}: lowest validation loss {curve['val_loss'].min():.3f} in epoch {best + 1}")
+    return figure
+
+def show_curves(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    "The networks of `curves` (their names to be shown) over each other: loss and AUC per epoch, of training (thin) and validation (thick)"
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+    panels = figure.subplots(1, 2)
+    for k, (name, curve) in enumerate(curves.items()):
+        for panel, what in zip(panels, ("loss", "auc"), strict=True):
+            panel.plot(curve["epoch"] + 1, curve[what], color=colours[k % 7], linewidth=0.8, alpha=0.7)
+            panel.plot(curve["epoch"] + 1, curve[f"val_{what}"], color=colours[k % 7], linewidth=2, linestyle=("-", "--", ":")[k % 3], label=name)
+    for panel, what in zip(panels, ("loss", "AUC"), strict=True):
+        panel.set(xlabel="epoch", ylabel=what)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set(yscale="log", ylabel="loss (log scale)")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, title="validation\n(thin: training)")
+    best = min(curves, key=lambda name: curves[name]["val_loss"].min())
+    figure.suptitle(f"The lowest validation loss, {curves[best]['val_loss'].min():.3f}, is that of {best}")
     return figure

@@ -50,7 +50,7 @@ def predict(rows: pd.DataFrame, name: str, protocol: str, repeat: int = 0, fold:
     "Made-up answers of the network `name`"
     rng = np.random.default_rng([repeat, len(rows), sum(map(ord, protocol + fold + name))])
     sign = np.where(rows["label"] == POSITIVE, 1, -1)
-    p = 1 / (1 + np.exp(-rng.normal(SKILL.get(name.removesuffix("-tuned"), 0) * sign, 1.5)))
+    p = 1 / (1 + np.exp(-rng.normal(SKILL.get(name.removeprefix("finetuned/"), 0) * sign, 1.5)))
     return rows[["image_id", "path", "group", "label"]].assign(
         network=name, protocol=protocol, repeat=repeat, fold=fold, p_normal=1 - p, p_adenocarcinoma=p)
 
@@ -67,7 +67,7 @@ def train(study: Study, name: str, path: bool = True) -> pd.DataFrame:
         parts.append(predict(files.iloc[at], name, "published", repeat))
     table = pd.concat(parts, ignore_index=True)
     table = table if path else table.drop(columns="path")
-    write_csv(study.report("networks", name, "predictions.csv"), table)
+    write_csv(study.candidate(name) / "predictions.csv", table)
     folder = study.models / name
     folder.mkdir(parents=True)
     (folder / "model.keras").write_bytes(b"stands in")
@@ -208,11 +208,11 @@ def test_predictions_survive_the_file_exactly(tmp_path, predictions):
 
 def test_candidates_are_networks_and_tuned_ones_with_both_files(tmp_path):
     study = make_study(tmp_path)
-    for name in ("poor", "tuned", "good", "good-tuned", "removed"):
+    for name in ("poor", "tuned", "good", "finetuned/good", "removed"):
         train(study, name)
     (study.models / "poor" / "model.keras").unlink()
-    assert list(c.candidates(study)) == ["good", "good-tuned", "tuned"]
-    assert [c.title_of(n, {"title": "Good"}) for n in ("good", "tuned")] == ["Good", "Good (tuned)"]
+    assert list(c.candidates(study)) == ["good", "tuned", "finetuned/good"]
+    assert [c.title_of(n, {"title": "Good"}) for n in ("good", "tuned", "finetuned/good")] == ["Good", "Good (tuned)", "Good (fine-tuned)"]
 
 
 @pytest.mark.parametrize("change, part", [

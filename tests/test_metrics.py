@@ -45,6 +45,14 @@ def test_every_metric_equals_scikit_learn(case):
         assert ours["precision"] == pytest.approx(sk.precision_score(y, called, **options))
     else:
         assert np.isnan(ours["precision"])
+    if w[~called].sum():
+        assert ours["npv"] == pytest.approx(sk.precision_score(1 - y, ~called, **options))
+    else:
+        assert np.isnan(ours["npv"])
+    if w[called].sum() and w[~called].sum():
+        assert ours["mcc"] == pytest.approx(sk.matthews_corrcoef(y, called, **options), abs=1e-9)
+    else:
+        assert np.isnan(ours["mcc"])
     assert ours["f1"] == pytest.approx(sk.f1_score(y, called, zero_division=0, **options))
     assert ours["brier"] == pytest.approx(sk.brier_score_loss(y, p, **options))
     cut = np.clip(p, 1e-7, 1 - 1e-7)

@@ -11,5 +11,6 @@ from ..training import Network
 __all__ = ['NETWORK']
 
 # %% ../../nbs/05_inceptionv3.ipynb #c006
-NETWORK = Network(name="inceptionv3", title="InceptionV3", application="InceptionV3", native_size=299, least_size=75, scaling="unit")
+NETWORK = Network(name="inceptionv3", title="InceptionV3", application="InceptionV3", native_size=299, least_size=75, scaling="unit",
+                  cuts=("mixed9", "mixed8"))
 "Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016, doi:10.1109/CVPR.2016.308"

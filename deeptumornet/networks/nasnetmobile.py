@@ -11,5 +11,6 @@ from ..training import Network
 __all__ = ['NETWORK']
 
 # %% ../../nbs/06_nasnetmobile.ipynb #c006
-NETWORK = Network(name="nasnetmobile", title="NASNetMobile", application="NASNetMobile", native_size=224, least_size=32, scaling="unit")
+NETWORK = Network(name="nasnetmobile", title="NASNetMobile", application="NASNetMobile", native_size=224, least_size=32, scaling="unit",
+                  cuts=("normal_concat_11", "normal_concat_10"))
 "Zoph et al., Learning transferable architectures for scalable image recognition, CVPR 2018, doi:10.1109/CVPR.2018.00907"

@@ -11,5 +11,6 @@ from ..training import Network
 __all__ = ['NETWORK']
 
 # %% ../../nbs/04_resnet50.ipynb #c006
-NETWORK = Network(name="resnet50", title="ResNet50", application="ResNet50", native_size=224, least_size=32, scaling="caffe")
+NETWORK = Network(name="resnet50", title="ResNet50", application="ResNet50", native_size=224, least_size=32, scaling="caffe",
+                  cuts=("conv5_block2_out", "conv4_block6_out"))
 "He et al., Deep residual learning for image recognition, CVPR 2016, doi:10.1109/CVPR.2016.90"

@@ -6,44 +6,64 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import logging
 import os
 import re
+import struct
+import threading
+import time
 import traceback
 import warnings
+import zipfile
+from collections.abc import Iterator
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 
 import click
 import numpy as np
-from flask import Flask, Request, Response, jsonify, request
+from flask import Flask, Request, Response, g, jsonify, request
 from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
     InternalServerError,
     RequestEntityTooLarge,
+    ServiceUnavailable,
+    TooManyRequests,
+    Unauthorized,
     UnprocessableEntity,
     UnsupportedMediaType,
 )
 
-from .dicom import is_dicom
+from . import __version__
+from .dicom import describe, is_dicom
 from .export import Engine
-from .log import PredictionLog, add_feedback
+from .log import STATISTICS, PredictionLog, add_feedback, image_statistics
 from .preprocessing import Slice, read_slice
+from .quality import failed, measure
 from .study import StudyError, project_root
 
 # %% auto #0
-__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_SHOWN', 'PUBLIC', 'HEADERS', 'kind', 'read_upload', 'overlay', 'data_url', 'answer',
-           'cautions', 'uploaded', 'problem', 'create_app']
+__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'LARGEST_SHOWN', 'PUBLIC', 'MARKS', 'HEADERS', 'TENSORS',
+           'MOST_AT_ONCE', 'kind', 'read_upload', 'unpacked', 'overlay', 'data_url', 'answer', 'cautions', 'seen',
+           'open_engine', 'body', 'uploaded', 'wished', 'checked', 'document', 'problem', 'items', 'answered',
+           'series_answer', 'tensor', 'Gate', 'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
 UPLOAD = "the uploaded file"
 "What messages call a file: its real name may name a patient"
 LARGEST_BODY = 32 * 2**20
-"Bytes of a request at most"
+"Bytes of a request with one slice at most, and of one slice in a batch"
+LARGEST_BATCH = 128 * 2**20
+"Bytes of a request with many slices at most"
+MOST_ITEMS = 512
+"Slices in one request at most"
 
 
 def kind(data: bytes) -> str:
@@ -66,6 +86,30 @@ def read_upload(data: bytes) -> Slice:
         raise StudyError(re.sub(r" \(.*\):", ":", said) if is_dicom(data[:132]) else said) from None
 
 # %% ../nbs/11_serving.ipynb #c011
+def unpacked(archive: bytes) -> Iterator[bytes | StudyError]:
+    """The content of each file in a zip `archive`, in its order, or the StudyError why it is not read.
+
+    Raises StudyError where the archive itself cannot be read or has over MOST_ITEMS files."""
+    try:
+        opened = zipfile.ZipFile(BytesIO(archive))
+    except Exception as error:
+        raise StudyError("the archive is damaged or cut short: pack it again") from error
+    entries = [entry for entry in opened.infolist() if not entry.is_dir()]
+    if len(entries) > MOST_ITEMS:
+        raise StudyError(f"the archive holds {len(entries)} files, {MOST_ITEMS} at most: send it in parts")
+    for entry in entries:
+        parts = entry.filename.replace("\\", "/").split("/")
+        if ".." in parts or not parts[0] or ":" in parts[0]:
+            yield StudyError("its name climbs out of the archive: pack it again with plain names")
+            continue
+        try:
+            with opened.open(entry) as file:
+                data = file.read(LARGEST_BODY + 1)
+            yield data if len(data) <= LARGEST_BODY else StudyError(f"it unpacks to more than {LARGEST_BODY // 2**20} MiB: that is no slice")
+        except Exception:
+            yield StudyError("it is encrypted, damaged, or packed in a way that is not read: pack it again")
+
+# %% ../nbs/11_serving.ipynb #c015
 LARGEST_SHOWN = 512
 "Pixels a side at most of the pictures in an answer"
 _INFERNO = np.array([(0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (187, 55, 84), (227, 89, 51),
@@ -94,19 +138,19 @@ def data_url(picture: Image.Image) -> str:
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/11_serving.ipynb #c015
-PUBLIC = ("name", "version", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
+# %% ../nbs/11_serving.ipynb #c019
+PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
 
 
-def answer(engine: Engine, data: bytes, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
-    """What the service says about the file `data`, JSON-ready: class, decision, probabilities, threshold, model and
+def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
+    """What the service says about the file `data`, or a decoded slice (uint8, height × width), JSON-ready: class, decision, probabilities, threshold, model and
     warnings, and with `heat_map` the picture and the heat map over it as data URLs. With a `log` it is recorded there, and `id` names the record.
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    found = read_upload(data)
+    found = Slice(data, "pixels", "L") if isinstance(data, np.ndarray) else read_upload(data)
     prepared, place = engine.prepare(found.pixels)
     probabilities, heat = engine.predict(prepared[None])
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
@@ -114,7 +158,8 @@ def answer(engine: Engine, data: bytes, heat_map: bool = False, log: PredictionL
     content = {
         "class": max(p, key=p.get), "decision": "positive" if positive >= threshold else "negative",
         "positive": card["positive"], "probability": positive, "probabilities": p, "threshold": threshold,
-        "model": {k: card[k] for k in ("name", "version", "network")}, "warnings": cautions(card, found),
+        "model": {**{k: card[k] for k in ("name", "version", "network", "precision") if k in card}, "sha256": card["files"][card["engine"]]},
+        "warnings": cautions(card, found, prepared),
     }
     if log:
         content["id"] = log.record(card["version"], found.image_id, p, prepared)
@@ -126,8 +171,9 @@ def answer(engine: Engine, data: bytes, heat_map: bool = False, log: PredictionL
     return content
 
 
-def cautions(card: dict, found: Slice) -> list[str]:
-    "Sentences on why the answer about the slice `found` may be worth less than the model's measured performance"
+def cautions(card: dict, found: Slice, prepared: np.ndarray) -> list[str]:
+    """Sentences on why the answer about the slice `found`, as `prepared`, may be worth less than the model's measured performance:
+    where it was trained, how the slice is stored, marks in it, and statistics beyond those of the validation slices (`card["seen"]`)."""
     size, said = card["input"]["size"], []
     if card.get("profile") in ("demo", "smoke"):
         said.append("The model learned from drawn phantoms: what it says about a patient's slice means nothing.")
@@ -137,9 +183,38 @@ def cautions(card: dict, found: Slice) -> list[str]:
         said.append("The picture is stored in colour; its luminance was read.")
     if min(found.pixels.shape) < size:
         said.append(f"The slice has fewer pixels than the {size}×{size} that the model looks at, and was enlarged.")
+    numbers = image_statistics(prepared)
+    strange = [name for name, (low, high) in card.get("seen", {}).items() if not low <= numbers[name] <= high]
+    if strange:
+        said.append(f"The slice lies outside of what the model was measured on ({', '.join(strange)}): its probability is a guess.")
+    limits = {check: limit for check, limit in card.get("quality", {}).items() if check in MARKS}
+    if limits and (marks := failed(measure(found.pixels, found.colour, None), limits)):
+        said.append(f"The slice may be marked: {'; '.join(marks.values())}. Marks can name a patient, and can tell the class.")
     return said
 
-# %% ../nbs/11_serving.ipynb #c017
+
+MARKS = ("colour", "strokes", "frame", "text")
+"The checks of `02b_quality` that find what someone wrote into a picture"
+
+
+def seen(reference: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Of each of STATISTICS the range over prepared validation slices (uint8, n × size × size), widened by a tenth at both ends; none
+    for fewer than 20, whose range says little."""
+    if len(reference) < 20:
+        return {}
+    values = {name: [image_statistics(pixels)[name] for pixels in reference] for name in STATISTICS}
+    return {name: (min(v) - 0.1 * np.ptp(v), max(v) + 0.1 * np.ptp(v)) for name, v in values.items()}
+
+# %% ../nbs/11_serving.ipynb #c020
+def open_engine(folder: Path) -> Engine:
+    "The exported model in `folder`, warm, and with the ranges of `seen` in its card. StudyError where there is none, or a changed one."
+    engine = Engine(folder)
+    size = engine.card["input"]["size"]
+    engine.predict(np.zeros((1, size, size), np.uint8))
+    engine.card["seen"] = seen(np.load(folder / "reference.npz", allow_pickle=False)["slices"])
+    return engine
+
+# %% ../nbs/11_serving.ipynb #c022
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
                                "form-action 'self'; frame-ancestors 'none'",
@@ -149,7 +224,6 @@ HEADERS = {
 }
 _DETAILS = {404: "there is nothing at this address: the page is at /, the service at /api/v1/predict",
             405: "this address does not take that method: see the header Allow",
-            413: f"the request is larger than {LARGEST_BODY // 2**20} MiB: send one slice in one file",
             500: "the service met a defect: send the slice again, and tell the maintainers if it happens twice"}
 
 
@@ -158,18 +232,48 @@ class _InMemory(Request):
         return BytesIO()
 
 
-def uploaded() -> bytes:
-    "The bytes of the request's one file, the multipart field `file` or the body; BadRequest where there is none"
-    if request.mimetype == "multipart/form-data":
-        field = request.files.get("file")
-        data = field.read() if field else b""
-    else:
-        data = request.get_data(cache=False)
-        if request.content_length is None and len(data) >= LARGEST_BODY:
-            raise RequestEntityTooLarge()
-    if not data:
-        raise BadRequest("there is no file: send one as the multipart field `file` or as the request's body")
+def body() -> bytes:
+    "The request's body; RequestEntityTooLarge where one of undeclared length reaches the limit"
+    data = request.get_data(cache=False)
+    if request.content_length is None and len(data) >= request.max_content_length:
+        raise RequestEntityTooLarge()
     return data
+
+
+def uploaded() -> list[bytes]:
+    "The request's files: the multipart fields `file`, or the body; BadRequest where there are none, or empty ones"
+    form = request.mimetype == "multipart/form-data"
+    files = [field.read() for field in request.files.getlist("file")] if form else [body()]
+    if not files or not all(files):
+        raise BadRequest("there is no file: send one as the multipart field `file` or as the request's body")
+    return files
+
+
+def wished(name: str) -> bool:
+    "The query parameter `name`, true or false; BadRequest for anything else"
+    wish = request.args.get(name, "false").lower()
+    if wish not in ("true", "false"):
+        raise BadRequest(f"{name} is true or false")
+    return wish == "true"
+
+
+def checked(data: bytes | StudyError) -> bytes:
+    "`data` where it begins as a PNG, JPEG or DICOM file does. Raises what is an error already, else UnsupportedMediaType."
+    if isinstance(data, StudyError):
+        raise data
+    if not kind(data):
+        raise UnsupportedMediaType(f"{UPLOAD} is not a PNG, JPEG or DICOM picture: convert it")
+    return data
+
+
+def document(error: HTTPException) -> dict:
+    "The error as a problem document (RFC 9457), with the member `error` at addresses of the Open Inference Protocol"
+    status = HTTPStatus(error.code)
+    most = (request.max_content_length or LARGEST_BODY) // 2**20
+    told = {**_DETAILS, 413: f"the request is larger than {most} MiB: send fewer or smaller slices"}
+    detail = told.get(error.code) or error.description
+    protocol = {"error": detail} if request.path.startswith("/v2") else {}  # where clients of the protocol look
+    return {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail, **protocol}
 
 
 def problem(error: HTTPException) -> Response:
@@ -177,27 +281,129 @@ def problem(error: HTTPException) -> Response:
     if error.code is None or error.code < 400:
         return error.get_response()
     response = error.get_response()
-    status = HTTPStatus(error.code)
-    detail = _DETAILS.get(error.code) or error.description
-    document = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail}
-    response.data = json.dumps(document, ensure_ascii=False)
+    response.data = json.dumps(document(error), ensure_ascii=False)
     response.content_type = "application/problem+json"
     return response
 
+# %% ../nbs/11_serving.ipynb #c024
+def items(files: list[bytes]) -> list[bytes | StudyError]:
+    "The slices in `files`, zip archives among them unpacked. Raises StudyError for an unreadable archive or over MOST_ITEMS slices."
+    found = [item for data in files for item in (unpacked(data) if data[:4] in (b"PK\3\4", b"PK\5\6") else [data])]
+    if not 0 < len(found) <= MOST_ITEMS:
+        raise StudyError(f"the request holds {len(found)} slices; send 1 to {MOST_ITEMS} at once")
+    return found
 
+
+def answered(engine: Engine, place: int, item: bytes | StudyError, log: PredictionLog | None) -> dict:
+    "What a batch says about one `item`: its `place`, a status, and the `prediction` or the `problem`"
+    try:
+        return {"item": place, "status": 200, "prediction": answer(engine, checked(item), False, log)}
+    except (StudyError, UnsupportedMediaType) as error:
+        failure = error if isinstance(error, HTTPException) else UnprocessableEntity(str(error))
+        return {"item": place, "status": failure.code, "problem": document(failure)}
+
+
+def series_answer(engine: Engine, found: list[bytes | StudyError], log: PredictionLog | None) -> dict:
+    """What the service says about the DICOM slices of one series: `slices` as `answered`, with `position_mm` and from bottom to top, and
+    `series`. Raises StudyError where they are of several series, or where no slice can be read."""
+    headers = [describe(item, UPLOAD) if isinstance(item, bytes) and is_dicom(item[:132]) else None for item in found]
+    if len({header.series_id for header in headers if header and not header.set_aside}) > 1:
+        raise StudyError("the slices are of more than one series: send each series by itself, or ask /api/v1/batch")
+    slices = []
+    for place, (item, header) in enumerate(zip(found, headers, strict=True)):
+        if header is None and isinstance(item, bytes):
+            item = StudyError("it is no DICOM file, and a series is made of these: ask /api/v1/batch")
+        slices.append({**answered(engine, place, item, log), "position_mm": header.position if header else None})
+    slices.sort(key=lambda s: (s["position_mm"] is None, s["position_mm"] or 0.0, s["item"]))
+    read = [s for s in slices if s["status"] == 200]
+    if not read:
+        raise StudyError(f"no slice of the series can be read; of the first it is said: {slices[0]['problem']['detail']}")
+    top = max(read, key=lambda s: s["prediction"]["probability"])
+    return {"series": {
+        "slices": len(read), "refused": len(slices) - len(read),
+        "positive_slices": sum(s["prediction"]["decision"] == "positive" for s in read),
+        "highest": {"item": top["item"], "probability": top["prediction"]["probability"]},
+        "mean": float(np.mean([s["prediction"]["probability"] for s in read])),
+        "warnings": ["The model was measured on single slices: among many, some are positive by chance, and no decision about the series is given."],
+    }, "slices": slices}
+
+# %% ../nbs/11_serving.ipynb #c026
+TENSORS = {"slices": ("UINT8", 3), "files": ("BYTES", 1)}
+"Inputs that `/infer` takes: datatype and number of dimensions"
+
+
+def tensor(data: bytes, json_length: int) -> tuple[dict, list[bytes | np.ndarray]]:
+    """The message in an inference request, whose first `json_length` bytes are JSON, and its slices: files or pixels (uint8, height × width).
+
+    Raises BadRequest, with what is wrong, for anything that is not one tensor of TENSORS."""
+    try:
+        message = json.loads(data[:json_length])
+        (given,) = message["inputs"]
+        datatype, dimensions = TENSORS[given["name"]]
+        shape = [int(n) for n in given["shape"]]
+        if given["datatype"] != datatype or len(shape) != dimensions or min(shape) < 1 or shape[0] > MOST_ITEMS:
+            raise ValueError
+        raw = data[json_length:] if "binary_data_size" in (given.get("parameters") or {}) else None
+        if datatype == "UINT8":
+            flat = np.frombuffer(raw, np.uint8) if raw is not None else np.ravel(np.asarray(given["data"]))
+            if not np.can_cast(flat.dtype, np.int64) or flat.min() < 0 or flat.max() > 255:
+                raise ValueError
+            return message, list(flat.astype(np.uint8).reshape(shape))
+        files = [base64.b64decode(text, validate=True) for text in given["data"]] if raw is None else []
+        while raw:
+            (length,), raw = struct.unpack_from("<I", raw), raw[4:]
+            files, raw = [*files, raw[:length]], raw[length:]
+        if len(files) != shape[0]:
+            raise ValueError
+        return message, files
+    except Exception:
+        raise BadRequest("send one input: `slices`, UINT8 of shape [n, height, width] with grey values 0 to 255, or `files`, BYTES of "
+                         f"shape [n] in base64, with n up to {MOST_ITEMS}, as in /openapi.json") from None
+
+# %% ../nbs/11_serving.ipynb #c028
+MOST_AT_ONCE = 32
+"Requests that one process works on at once"
+
+
+class Gate:
+    """Who may ask: `tokens`, of which a request must bear one (none: anybody may), `rate` requests a minute from one address (0: any number),
+    in this process, and MOST_AT_ONCE at once."""
+
+    def __init__(self, tokens: list[str], rate: int):
+        self.tokens, self.rate = [token.encode() for token in tokens], rate
+        self.slots, self._lock, self._minute, self._asked = threading.BoundedSemaphore(MOST_AT_ONCE), threading.Lock(), 0, {}
+
+    def check(self, header: str, address: str) -> None:
+        "Raises Unauthorized or TooManyRequests for a request with this Authorization header from this address"
+        given = header.removeprefix("Bearer ").encode()
+        if self.tokens and not any([hmac.compare_digest(given, token) for token in self.tokens]):
+            raise Unauthorized("this service asks for a token: send it as `Authorization: Bearer …`", www_authenticate=WWWAuthenticate("bearer"))
+        if not self.rate:
+            return
+        with self._lock:
+            now = time.time()
+            if int(now // 60) != self._minute:
+                self._minute, self._asked = int(now // 60), {}
+            self._asked[address] = self._asked.get(address, 0) + 1
+            if self._asked[address] > self.rate:
+                raise TooManyRequests(f"{self.rate} requests a minute are answered: wait a little", retry_after=60 - int(now % 60))
+
+# %% ../nbs/11_serving.ipynb #c030
 def create_app(champion: Path | str | None = None) -> Flask:
     """The service for the exported model in the folder `champion`; by default the one that DEEPTUMORNET_CHAMPION names,
     or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
-    Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file).
+    Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file);
+    DEEPTUMORNET_TOKENS (words) and DEEPTUMORNET_RATE (requests a minute and address) close the `Gate`.
 
     Raises click.ClickException, which `flask run` prints as its sentence, where there is no sound model or the log cannot be written."""
     try:
-        folder = champion or os.environ.get("DEEPTUMORNET_CHAMPION") or project_root() / "models" / "champion"
-        engine = Engine(Path(folder))
-        size = engine.card["input"]["size"]
-        engine.predict(np.zeros((1, size, size), np.uint8))
+        folder = Path(champion or os.environ.get("DEEPTUMORNET_CHAMPION") or project_root() / "models" / "champion")
+        engine = open_engine(folder)
         address = os.environ.get("DEEPTUMORNET_PREDICTION_LOG")
         log = PredictionLog(address) if address else None
+        rate = os.environ.get("DEEPTUMORNET_RATE") or "0"
+        if not rate.isdecimal():
+            raise StudyError(f"DEEPTUMORNET_RATE is {rate!r}, and not a number of requests a minute: set one, or 0 for any number")
     except StudyError as error:
         raise click.ClickException(str(error)) from error
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -208,29 +414,72 @@ def create_app(champion: Path | str | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
     app.config["PREDICTION_LOG"] = log
     app.json.sort_keys, app.json.ensure_ascii = False, False
+    gate = Gate((os.environ.get("DEEPTUMORNET_TOKENS") or "").split(), int(rate))
+    registry = CollectorRegistry()
+    requests = Counter("deeptumornet_requests", "Requests answered", ("address", "status"), registry=registry)
+    seconds = Histogram("deeptumornet_seconds", "Seconds from request to answer", ("address",), registry=registry)
+
+    @app.before_request
+    def admit() -> None:
+        g.start, g.slot = time.perf_counter(), False
+        if request.path.startswith(("/api/", "/v2/models", "/metrics")) and request.path != "/api/v1/feedback":  # it has a token of its own
+            gate.check(request.headers.get("Authorization", ""), request.remote_addr or "")
+        if request.method == "POST":
+            g.slot = gate.slots.acquire(blocking=False)
+            if not g.slot:
+                raise ServiceUnavailable("the service has as much in hand as it can do: come back in a second", retry_after=1)
+        if request.path in ("/api/v1/batch", "/api/v1/series", "/v2/models/deeptumornet/infer"):
+            request.max_content_length = LARGEST_BATCH
+
+    @app.teardown_request
+    def leave(_: BaseException | None) -> None:
+        if g.pop("slot", False):
+            gate.slots.release()
 
     @app.get("/")
     def page() -> Response:
         return app.send_static_file("index.html")
 
+    @app.get("/openapi.json")
+    def openapi() -> Response:
+        return app.send_static_file("openapi.json")
+
+    @app.get("/docs")
+    def docs() -> Response:
+        return app.send_static_file("api.html")
+
     @app.post("/api/v1/predict")
     def predict() -> Response:
-        wish = request.args.get("heat_map", "false").lower()
-        if wish not in ("true", "false"):
-            raise BadRequest("heat_map is true or false")
-        data = uploaded()
-        if not kind(data):
-            raise UnsupportedMediaType(f"{UPLOAD} is not a PNG, JPEG or DICOM picture: convert it")
-        try:
-            return jsonify(answer(engine, data, wish == "true", app.config["PREDICTION_LOG"]))
-        except StudyError as error:
-            raise UnprocessableEntity(str(error)) from None
+        heat_map = wished("heat_map")
+        (data, *more) = uploaded()
+        if more:
+            raise BadRequest("there is more than one file: send one here, and many to /api/v1/batch")
+        return jsonify(answer(engine, checked(data), heat_map, app.config["PREDICTION_LOG"]))
+
+    @app.post("/api/v1/batch")
+    def batch() -> Response:
+        return jsonify(items=[answered(engine, k, item, app.config["PREDICTION_LOG"]) for k, item in enumerate(items(uploaded()))])
+
+    @app.post("/api/v1/series")
+    def series() -> Response:
+        return jsonify(series_answer(engine, items(uploaded()), app.config["PREDICTION_LOG"]))
 
     add_feedback(app, engine.card["classes"])
 
     @app.get("/api/v1/model")
     def model() -> Response:
         return jsonify({k: engine.card[k] for k in PUBLIC if k in engine.card})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        whole = registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # several workers: each answers for all
+            MultiProcessCollector(whole := CollectorRegistry())
+        return Response(generate_latest(whole), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v2")
+    def server() -> Response:
+        return jsonify(name="deeptumornet", version=__version__, extensions=["binary_tensor_data"])
 
     @app.get("/v2/health/live")
     def live() -> Response:
@@ -239,6 +488,31 @@ def create_app(champion: Path | str | None = None) -> Flask:
     @app.get("/v2/health/ready")
     def ready() -> Response:
         return jsonify(ready=True)
+
+    @app.get("/v2/models/deeptumornet")
+    def metadata() -> Response:
+        inputs = [{"name": name, "datatype": kind, "shape": [-1] * rank} for name, (kind, rank) in TENSORS.items()]
+        return jsonify(name="deeptumornet", versions=[engine.card["version"]], platform="litert", inputs=inputs,
+                       outputs=[{"name": "probabilities", "datatype": "FP64", "shape": [-1, len(engine.card["classes"])]}])
+
+    @app.get("/v2/models/deeptumornet/ready")
+    def model_ready() -> Response:
+        return jsonify(name="deeptumornet", ready=True)
+
+    @app.post("/v2/models/deeptumornet/infer")
+    def infer() -> Response:
+        data = body()
+        length = request.headers.get("Inference-Header-Content-Length", str(len(data)))
+        message, found = tensor(data, int(length) if length.isdecimal() else 0)
+        said = [answer(engine, checked(item) if isinstance(item, bytes) else item, False, app.config["PREDICTION_LOG"]) for item in found]
+        flat = [p for one in said for p in one["probabilities"].values()]
+        named = {"id": message["id"]} if isinstance(message.get("id"), str) else {}
+        output = {"name": "probabilities", "datatype": "FP64", "shape": [len(said), len(engine.card["classes"])], "data": flat}
+        return jsonify(model_name="deeptumornet", model_version=engine.card["version"], **named, outputs=[output])
+
+    @app.errorhandler(StudyError)
+    def unreadable(error: StudyError) -> Response:
+        return problem(UnprocessableEntity(str(error)))
 
     @app.errorhandler(Exception)
     def fail(error: Exception) -> Response:
@@ -250,6 +524,9 @@ def create_app(champion: Path | str | None = None) -> Flask:
     @app.after_request
     def secure(response: Response) -> Response:
         response.headers.update(HEADERS)
+        address = request.url_rule.rule if request.url_rule else "none"
+        requests.labels(address, response.status_code).inc()
+        seconds.labels(address).observe(time.perf_counter() - g.start)
         return response
 
     return app

@@ -4,9 +4,11 @@ import base64
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -20,12 +22,14 @@ from conftest import encoded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.export import Engine
 from deeptumornet.lungs import see
 from deeptumornet.preprocessing import read_slice
-from deeptumornet.serving import HEADERS, LARGEST_BODY, create_app
+from deeptumornet.serving import HEADERS, LARGEST_BODY, MOST_ITEMS, create_app
+from deeptumornet.study import sha256
 
 PREDICT = "/api/v1/predict"
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +76,8 @@ def test_answer_is_the_engines(client, champion, slice_png):
     assert list(said["probabilities"]) == ["normal", "adenocarcinoma"]
     assert said["class"] == max(said["probabilities"], key=said["probabilities"].get)
     assert said["threshold"] == 0.3 and said["decision"] == ("positive" if p[0, 1] >= 0.3 else "negative")
-    assert said["model"] == {"name": "deeptumornet", "version": engine.card["version"], "network": "tiny"}
+    assert said["model"] == {**{k: engine.card[k] for k in ("name", "version", "network", "precision")},
+                             "sha256": sha256(champion / engine.card["engine"])}
     assert "phantoms" in said["warnings"][0] and "heat_map" not in said and "picture" not in said
 
 
@@ -270,3 +275,139 @@ def test_a_missing_or_changed_champion_is_a_sentence(champion, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "run `make study` first" in done.stderr
+
+
+INFER = "/v2/models/deeptumornet/infer"
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def tensor(name: str, datatype: str, shape: list, data: list) -> dict:
+    return {"inputs": [{"name": name, "datatype": datatype, "shape": shape, "data": data}]}
+
+
+def test_the_same_number_by_every_path(client, champion, phantoms, dicom):
+    from deeptumornet.metrics import calibrate
+    from deeptumornet.training import load_model
+
+    pixels, engine = window(phantoms[1]), Engine(champion)
+    png = encoded(pixels)
+    prepared = engine.prepare(read_slice(png, "a.png").pixels)[0][None]
+    raw = load_model(champion / "model.keras")(prepared[..., None].astype("float32"), training=False)
+    keras = calibrate(np.asarray(raw), 1.3)[0, 1]
+    form = client.post("/api/v1/batch", data={"file": [(BytesIO(png), "a"), (BytesIO(dicom), "b")]}).json["items"]
+    archive = client.post("/api/v1/batch", data=packed({"a.png": png, "d/": b"", "b.dcm": dicom})).json["items"]
+    series = client.post("/api/v1/series", data=packed({"b.dcm": dicom})).json
+    header = json.dumps({"inputs": [{"name": "slices", "datatype": "UINT8", "shape": [1, *pixels.shape],
+                                     "parameters": {"binary_data_size": pixels.size}}]}).encode()
+    files = json.dumps({"inputs": [{"name": "files", "datatype": "BYTES", "shape": [1],
+                                    "parameters": {"binary_data_size": len(png) + 4}}]}).encode()
+    binary = struct.pack("<I", len(png)) + png
+    protocol = [client.post(INFER, json=tensor("slices", "UINT8", [1, *pixels.shape], pixels.ravel().tolist())),
+                client.post(INFER, json=tensor("files", "BYTES", [2], [base64.b64encode(b).decode() for b in (png, dicom)])),
+                client.post(INFER, data=header + pixels.tobytes(), headers={"Inference-Header-Content-Length": str(len(header))}),
+                client.post(INFER, data=files + binary, headers={"Inference-Header-Content-Length": str(len(files))})]
+    told = [engine.predict(prepared)[0][0, 1], keras, client.post(PREDICT, data=png).json["probability"],
+            *[item["prediction"]["probability"] for item in (*form, *archive, *series["slices"])], series["series"]["mean"],
+            *[p for answer in protocol for p in answer.json["outputs"][0]["data"][1::2]]]
+    assert len(told) == 3 + 2 + 2 + 1 + 1 + 5 and max(told) - min(told) < 1e-4
+
+
+def test_one_bad_item_fails_no_other(client, slice_png):
+    bad = {"../climbs.png": slice_png, "/root.png": slice_png, "note.txt": b"a note", "torn.png": slice_png[:2000],
+           "nested.zip": packed({"a.png": slice_png}), "bomb.png": bytes(LARGEST_BODY + 1)}
+    said = client.post("/api/v1/batch", data=packed({"good.png": slice_png, **bad, "last.png": slice_png}))
+    assert said.status_code == 200 and "climbs.png" not in said.text
+    assert [item["status"] for item in said.json["items"]] == [200, 422, 422, 415, 422, 415, 422, 200]
+    assert [item["item"] for item in said.json["items"]] == list(range(8))
+    assert len(packed(bad)) < 200_000, "a small archive that asks for much"
+    assert "damaged" in problem(client.post("/api/v1/batch", data=packed({"a": slice_png})[:-30]), 422)
+    assert "send 1 to" in problem(client.post("/api/v1/batch", data=packed({})), 422)
+    assert "at most" in problem(client.post("/api/v1/batch", data=packed({str(k): b"" for k in range(MOST_ITEMS + 1)})), 422)
+
+
+def test_a_series_is_put_in_order(client, phantoms, tmp_path):
+    for place, position in enumerate((7.5, -2.5, 2.5)):
+        write_dicom(tmp_path / f"{place}.dcm", phantoms[place], "Doe^Jane", position, 1.4, "one")
+    write_dicom(tmp_path / "other.dcm", phantoms[0], "Doe^Jane", 0.0, 1.4, "two")
+    files = {path.name: path.read_bytes() for path in sorted(tmp_path.glob("[0-9].dcm"))}
+    said = client.post("/api/v1/series", data=packed(files)).json
+    assert [s["position_mm"] for s in said["slices"]] == [-2.5, 2.5, 7.5] and [s["item"] for s in said["slices"]] == [1, 2, 0]
+    p = [s["prediction"]["probability"] for s in said["slices"]]
+    assert said["series"]["mean"] == pytest.approx(np.mean(p)) and said["series"]["highest"]["probability"] == max(p)
+    assert said["series"]["positive_slices"] == sum(v >= 0.3 for v in p) and "Doe" not in json.dumps(said)
+    mixed = packed({**files, "other.dcm": (tmp_path / "other.dcm").read_bytes()})
+    assert "more than one series" in problem(client.post("/api/v1/series", data=mixed), 422)
+    assert "no DICOM file" in problem(client.post("/api/v1/series", data=encoded(window(phantoms[0]))), 422)
+
+
+def test_the_protocol_says_what_is_wrong(client, slice_png):
+    good = tensor("files", "BYTES", [1], [base64.b64encode(slice_png).decode()])
+    tensors = [("files", "BYTES", [2], good["inputs"][0]["data"]), ("slices", "FP32", [1, 2, 2], [0] * 4), ("else", "BYTES", [1], [""]),
+               ("slices", "UINT8", [1, 2, 2], [256] * 4), ("slices", "UINT8", [1, -2, 2], [0] * 4)]
+    for wrong in ([], {}, {"inputs": []}, *[tensor(*words) for words in tensors]):
+        response = client.post(INFER, json=wrong)
+        assert response.status_code == 400 and response.json["error"] == response.json["detail"], wrong
+    assert client.post(INFER, json={**good, "id": "seven"}).json["id"] == "seven"
+    assert client.get("/v2/models/deeptumornet").json["inputs"][0] == {"name": "slices", "datatype": "UINT8", "shape": [-1, -1, -1]}
+    assert client.get("/v2/models/deeptumornet/ready").status_code == 200 and client.get("/v2").json["name"] == "deeptumornet"
+
+
+def test_tokens_rate_and_too_much_at_once(champion, slice_png, monkeypatch):
+    monkeypatch.setenv("DEEPTUMORNET_TOKENS", "first second")
+    monkeypatch.setenv("DEEPTUMORNET_RATE", "4")
+    monkeypatch.setattr("deeptumornet.serving.time.time", lambda: 90.0)
+    client = create_app(champion).test_client()
+    for words in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Bearer "}, {"Authorization": "Bearer f\u00efrst"}):
+        refused = client.post(PREDICT, data=slice_png, headers=words)
+        assert "token" in problem(refused, 401) and refused.headers["WWW-Authenticate"].lower().startswith("bearer")
+    assert client.get("/").status_code == client.get("/v2/health/ready").status_code == 200
+    good = [client.post(PREDICT, data=slice_png, headers={"Authorization": "Bearer second"}) for _ in range(5)]
+    assert [r.status_code for r in good] == [200] * 4 + [429] and good[-1].headers["Retry-After"] == "30"
+
+    monkeypatch.delenv("DEEPTUMORNET_TOKENS")
+    monkeypatch.delenv("DEEPTUMORNET_RATE")
+    monkeypatch.setattr("deeptumornet.serving.MOST_AT_ONCE", 0)
+    busy = create_app(champion).test_client().post(PREDICT, data=slice_png)
+    assert "in hand" in problem(busy, 503) and busy.headers["Retry-After"] == "1"
+
+
+def test_metrics_count(champion, slice_png):
+    client = create_app(champion).test_client()
+    for body in (slice_png, slice_png, b"a note"):
+        client.post(PREDICT, data=body)
+    client.get("/not/there")
+    found = {(s.name, s.labels.get("address"), s.labels.get("status")): s.value
+             for family in text_string_to_metric_families(client.get("/metrics").text) for s in family.samples}
+    assert found["deeptumornet_requests_total", PREDICT, "200"] == 2 and found["deeptumornet_requests_total", PREDICT, "415"] == 1
+    assert found["deeptumornet_requests_total", "none", "404"] == 1 and found["deeptumornet_seconds_count", PREDICT, None] == 3
+
+
+def test_marks_and_strange_slices_are_warned_of(champion, slice_png, phantoms):
+    app = create_app(champion)
+    assert not any("marked" in w or "outside" in w for w in app.test_client().post(PREDICT, data=slice_png).json["warnings"])
+    from deeptumornet.serving import cautions, seen
+    engine, found = Engine(champion), read_slice(slice_png, "a.png")
+    prepared = engine.prepare(found.pixels)[0]
+    noise = np.random.default_rng(0)
+    usual = np.stack([np.clip(prepared + noise.integers(-2, 3, prepared.shape), 0, 255).astype(np.uint8) for _ in range(24)])
+    card = {**engine.card, "seen": seen(usual), "quality": {"colour": {"limit": 0.0002}, "text": {"limit": 3}}}
+    assert seen(usual[:19]) == {} and not any("outside" in w for w in cautions(card, found, usual[0]))
+    assert any("outside of what the model was measured on" in w for w in cautions(card, found, 255 - prepared))
+    arrow = np.dstack([found.pixels] * 3)
+    arrow[100:120, 100:120] = (255, 0, 0)
+    assert any("coloured marks" in w for w in cautions(card, read_slice(encoded(arrow), "a.png"), prepared))
+
+
+def test_every_address_is_documented(app, client):
+    document = client.get("/openapi.json").json
+    served = {(rule.rule, method.lower()) for rule in app.url_map.iter_rules() for method in rule.methods - {"HEAD", "OPTIONS"}}
+    pages = {"/", "/docs", "/openapi.json", "/page/<path:filename>"}
+    assert {(path, method) for path, methods in document["paths"].items() for method in methods} == {s for s in served if s[0] not in pages}
+    assert document["openapi"] == "3.1.0" and "http" not in client.get("/docs").text.replace("http://www.w3.org/2000/svg", "")

@@ -127,6 +127,10 @@ def parser() -> argparse.ArgumentParser:
     for word in ("positive", "negative"):
         outside.add_argument(f"--{word}", required=True, help="beginnings of sub-folder names, separated by commas")
     outside.add_argument("--weights", type=Path, required=True, help="a checkpoint of InceptionV3 without its top (.weights.h5)")
+    watch = commands.add_parser("monitor", help="drift and performance of the service's prediction log: report, gauges, whether to retrain")
+    watch.add_argument("--log", required=True, help="the prediction log: a SQLAlchemy URL or an SQLite file")
+    watch.add_argument("--to", type=Path, default=Path("monitoring"), help="the folder for drift.html and drift.prom")
+    commands.add_parser("rollback", help="bring back the champion before the last promotion")
     predict = commands.add_parser("predict", help="what the exported model says about PNG, JPEG or DICOM slices")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE")
     service = commands.add_parser("serve", help="the exported model as a web page and a REST service")
@@ -148,6 +152,16 @@ def main(words: list[str] | None = None) -> int:
             open_study()
         elif arguments.command == "run":
             print(run_stage(arguments.notebook, arguments.profile))
+        elif arguments.command == "monitor":
+            from deeptumornet.monitoring import monitor
+
+            study = open_study()
+            found = monitor(study.champion, study.report("monitoring", "reference.csv"), arguments.log, arguments.to, study["monitor"]["alpha"])
+            print(f"{'retrain' if found['retrain'] else 'keep'}: {found['why']}")
+        elif arguments.command == "rollback":
+            from deeptumornet.retraining import rollback
+
+            print(f"the champion is {rollback(open_study().champion)} again")
         elif arguments.command == "report":
             from deeptumornet.report import report
 

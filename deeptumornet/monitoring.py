@@ -5,25 +5,28 @@
 # %% ../nbs/12_monitoring.ipynb #c002
 from __future__ import annotations
 
-import json
-import sqlite3
-from contextlib import closing
+import base64
+import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, ks_2samp
+from scipy.spatial.distance import pdist, squareform
+from scipy.stats import false_discovery_control
 
-from .serving import STATISTICS, image_statistics
-from .study import StudyError
+from .log import STATISTICS, image_statistics
+from .metrics import wilson
+from .study import StudyError, atomic
 
-_all_ = ["image_statistics"]
-
+WATCHED = (*STATISTICS, "probability")
+"The quantities that are tested, each by itself and all together"
 LEAST_WINDOW = 20
-"Fewer slices than this are no window: a Kolmogorov-Smirnov test could find only gross shifts in them"
+"Fewer slices than this are no window: only gross shifts could be found in them"
 
 # %% auto #0
-__all__ = ['LEAST_WINDOW', 'statistics_table', 'read_log', 'drift_table', 'decide', 'image_statistics']
+__all__ = ['WATCHED', 'LEAST_WINDOW', 'statistics_table', 'stability', 'drift_table', 'decide', 'false_alarms', 'performance',
+           'html_report', 'gauges', 'monitor']
 
 # %% ../nbs/12_monitoring.ipynb #c007
 def statistics_table(slices: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
@@ -31,27 +34,59 @@ def statistics_table(slices: np.ndarray, probability: np.ndarray) -> pd.DataFram
     rows = [image_statistics(pixels) for pixels in slices]
     return pd.DataFrame(rows, columns=list(STATISTICS)).assign(probability=np.asarray(probability))
 
-
-def read_log(path: Path | str, version: str, positive: str) -> pd.DataFrame:
-    """The rows of a prediction log that the model `version` made, oldest first, as `statistics_table` has them.
-
-    Raises StudyError where the file is missing or is no prediction log."""
-    if not Path(path).is_file():
-        raise StudyError(f"there is no prediction log {path}: start the service with DEEPTUMORNET_PREDICTION_LOG set to it")
-    try:
-        with closing(sqlite3.connect(path)) as log:
-            rows = log.execute(f"SELECT {', '.join(STATISTICS)}, probabilities FROM predictions WHERE version = ? ORDER BY rowid",
-                               (version,)).fetchall()
-    except sqlite3.DatabaseError as error:
-        raise StudyError(f"{path} is no prediction log ({error}): name the file that the service writes") from error
-    table = pd.DataFrame(rows, columns=[*STATISTICS, "probability"])
-    return table.assign(probability=[float(json.loads(p)[positive]) for p in table["probability"]])
-
 # %% ../nbs/12_monitoring.ipynb #c012
-def drift_table(reference: pd.DataFrame, current: pd.DataFrame, alpha: float = 0.01, least: int = LEAST_WINDOW) -> pd.DataFrame:
-    """For each column of `reference` a two-sample Kolmogorov-Smirnov test of `current` against it: `quantity`, `statistic`
-    (0..1), `p` corrected for false discovery (Benjamini and Hochberg), whether it `drifted` (p < alpha), and the two
-    medians and numbers of rows.
+def _permuted(n: int, m: int, permutations: int, rng: np.random.Generator) -> np.ndarray:
+    "Which of n + m rows are the window's: row 0 as it is, then `permutations` random ones (bool)"
+    order = np.argsort(rng.random((permutations, n + m)), axis=1) >= n
+    return np.concatenate([np.arange(n + m)[None] >= n, order])
+
+
+def _statistics(pooled: np.ndarray, window: np.ndarray) -> np.ndarray:
+    "Kolmogorov-Smirnov of each column, then the MMD of all, for each row of `window` ((permutations + 1) × (columns + 1))"
+    m = window[0].sum()
+    n = len(pooled) - m
+    sign = np.where(window, 1 / m, -1 / n)
+    found = np.empty((len(window), pooled.shape[1] + 1))
+    for c, column in enumerate(pooled.T):
+        order = np.argsort(column, kind="stable")
+        last = np.append(np.diff(column[order]) > 0, True)
+        found[:, c] = np.abs(np.cumsum(sign[:, order], axis=1)[:, last]).max(axis=1)
+    scale = pooled.std(0)
+    squared = pdist(pooled / np.where(scale > 0, scale, 1), "sqeuclidean")
+    middle = np.median(squared[squared > 0]) if (squared > 0).any() else 1.0
+    kernel = squareform(np.exp(-squared / middle)) + np.eye(len(pooled))
+    found[:, -1] = ((sign @ kernel) * sign).sum(1)
+    return found
+
+
+def _p_values(found: np.ndarray) -> tuple[np.ndarray, float]:
+    """Of the statistics in row 0 against all rows: each column's p value, and that of the largest statistic, each standardised over the rows.
+
+    Where the largest are equal (Kolmogorov-Smirnov takes few values) the sum decides: counted as ties they made the test conservative."""
+    rounded = np.round(found, 9)
+    p = np.stack([(len(column) - np.searchsorted(np.sort(column), column)) / len(column) for column in rounded.T], 1)
+    spread = rounded.std(0)
+    scaled = (rounded - rounded.mean(0)) / np.where(spread > 0, spread, 1)
+    ranked = np.round(scaled.max(1) + 1e-6 * scaled.sum(1), 12)
+    return p[0], float((ranked >= ranked[0]).mean())
+
+
+def stability(reference: np.ndarray, current: np.ndarray, bins: int = 10) -> float:
+    "The population stability index of `current` over tenths of `reference`, half a slice added to each so that none is empty"
+    edges = np.unique(np.quantile(reference, np.linspace(0, 1, bins + 1)[1:-1]))
+    shares = []
+    for values in (reference, current):
+        counts = np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1) + 0.5
+        shares.append(counts / counts.sum())
+    return float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
+
+
+def drift_table(reference: pd.DataFrame, current: pd.DataFrame, alpha: float = 0.05, least: int = LEAST_WINDOW,
+                permutations: int = 999, seed: int = 0) -> pd.DataFrame:
+    """Permutation tests of the window `current` against `reference`: one row for each column of `reference`, and one for `all together`.
+
+    `quantity`, `statistic` (Kolmogorov-Smirnov, 0..1; for all together the squared MMD), `p` corrected for false discovery,
+    whether it `drifted` (p < alpha), `stability_index`, the two medians and numbers of rows, and, the same in each row, `window_p` and `alarm`.
 
     Raises StudyError for fewer than `least` rows in either, a column that `current` lacks, and a value that is no number."""
     for name, table in (("reference", reference), ("current window", current)):
@@ -60,21 +95,115 @@ def drift_table(reference: pd.DataFrame, current: pd.DataFrame, alpha: float = 0
         for column in reference.columns:
             if column not in table.columns or not np.isfinite(table[column].astype(float)).all():
                 raise StudyError(f"the {name} has no number in column {column!r} of some slice: compute it as for the reference")
-    tests = [ks_2samp(reference[c], current[c]) for c in reference.columns]
-    p = false_discovery_control([test.pvalue for test in tests])
+    columns = list(reference.columns)
+    a, b = (t[columns].to_numpy(float) for t in (reference, current))
+    found = _statistics(np.concatenate([a, b]), _permuted(len(a), len(b), permutations, np.random.default_rng(seed)))
+    p, window_p = _p_values(found)
+    p = false_discovery_control(p)
+    nothing = [np.nan]
     return pd.DataFrame({
-        "quantity": list(reference.columns), "statistic": [float(test.statistic) for test in tests], "p": p, "drifted": p < alpha,
-        "reference_median": reference.median().to_numpy(), "current_median": current[reference.columns].median().to_numpy(),
-        "n_reference": len(reference), "n_current": len(current),
+        "quantity": [*columns, "all together"], "statistic": found[0], "p": p, "drifted": p < alpha,
+        "stability_index": [*(stability(x, y) for x, y in zip(a.T, b.T, strict=True)), *nothing],
+        "reference_median": [*np.median(a, 0), *nothing], "current_median": [*np.median(b, 0), *nothing],
+        "n_reference": len(a), "n_current": len(b), "window_p": window_p, "alarm": window_p <= alpha,
     })
 
 
 def decide(table: pd.DataFrame) -> dict:
     "Whether the drift `table` asks for a retraining, and why, in words"
-    moved = table[table["drifted"]]
+    first = table.iloc[0]
+    if not first["alarm"]:
+        return {"retrain": False, "why": f"the window of {first['n_current']} slices does not differ from the reference more than chance "
+                                         f"allows (p = {first['window_p']:.3f})"}
+    moved = table[table["drifted"] & (table["quantity"] != "all together")]
     parts = [f"{row.quantity} {'rose' if row.current_median > row.reference_median else 'fell'} from a median of "
              f"{row.reference_median:.3g} to {row.current_median:.3g}" if row.current_median != row.reference_median
              else f"{row.quantity} changed its spread" for row in moved.itertuples()]
-    if not parts:
-        return {"retrain": False, "why": f"none of {len(table)} watched quantities has shifted against the reference"}
-    return {"retrain": True, "why": f"against the reference {', '.join(parts)}: look at the slices, label some, and retrain"}
+    return {"retrain": True, "why": f"against the reference {', '.join(parts) or 'the quantities shifted together, none by itself'} "
+                                    f"(p = {first['window_p']:.3f}): look at the slices, label some, and retrain"}
+
+# %% ../nbs/12_monitoring.ipynb #c015
+def false_alarms(pool: pd.DataFrame, window: int, alphas: Sequence[float], windows: int, permutations: int, seed: int) -> pd.DataFrame:
+    """How often undrifted windows of `window` rows, dealt from `pool` with the rest as their reference, give alarm at each of `alphas`:
+    `k` of `n`, the `rate` and its 95 % interval `low`, `high` (Wilson's)."""
+    rng, values, p = np.random.default_rng(seed), pool.to_numpy(float), []
+    for _ in range(windows):
+        found = _statistics(values[rng.permutation(len(values))], _permuted(len(values) - window, window, permutations, rng))
+        p.append(_p_values(found)[1])
+    rows = []
+    for alpha in alphas:
+        k = int((np.array(p) <= alpha).sum())
+        low, high = wilson(k, windows)
+        rows.append({"alpha": alpha, "k": k, "n": windows, "rate": k / windows, "low": low, "high": high, "window": window, "reference": len(values) - window})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/12_monitoring.ipynb #c029
+def performance(right: Sequence[bool], expected: float, drop: float = 0.1, alpha: float = 0.05) -> dict:
+    """Of verified predictions, in time's order, whether each was `right`: `n`, `accuracy`, `low`, `high` (95 %), and whether at any time
+    it had `fallen` by `drop` under `expected` (0..1), by a sequential test at `alpha`. Raises StudyError for rates that make no test."""
+    if not 0 < expected - drop < expected < 1:
+        raise StudyError(f"an expected accuracy of {expected} and a drop of {drop} make no test: both rates must lie between 0 and 1")
+    right = np.asarray(right, bool)
+    low, high = wilson(int(right.sum()), len(right)) if len(right) else (0.0, 1.0)
+    steps = np.where(right, np.log((expected - drop) / expected), np.log((1 - expected + drop) / (1 - expected)))
+    evidence = float(np.exp(np.cumsum(steps).max(initial=0.0)))
+    return {"n": len(right), "accuracy": float(right.mean()) if len(right) else None, "low": low, "high": high, "expected": expected,
+            "evidence": evidence, "fallen": evidence >= 1 / alpha}
+
+# %% ../nbs/12_monitoring.ipynb #c033
+def html_report(path: Path, title: str, said: str, tables: dict[str, pd.DataFrame], figures: Sequence[Path] = ()) -> Path:
+    "Write a self-contained HTML page to `path`: `title`, the sentence `said`, each table under its heading, the PNG `figures` inside"
+    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:16px/1.5 sans-serif;"
+            "max-width:70rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;"
+            f"border-bottom:1px solid #bbb}}img{{max-width:100%}}</style><h1>{html.escape(title)}</h1><p>{html.escape(said)}</p>"]
+    for name, table in tables.items():
+        page.append(f"<h2>{html.escape(name)}</h2>{table.to_html(index=False, border=0, float_format='{:.3g}'.format)}")
+    for picture in figures:
+        page.append(f'<p><img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">')
+    with atomic(path) as temporary:
+        temporary.write_text("\n".join(page) + "</html>\n", encoding="utf-8")
+    return path
+
+
+def gauges(table: pd.DataFrame, version: str, feedback: dict | None = None) -> str:
+    "The drift `table` and the `performance` in Prometheus's text format, for the node exporter's textfile collector"
+    first, said = table.iloc[0], []
+    def put(name: str, what: str, rows: Sequence[tuple[str, float]]) -> None:
+        said.extend([f"# HELP deeptumornet_{name} {what}", f"# TYPE deeptumornet_{name} gauge"])
+        said.extend(f'deeptumornet_{name}{{version="{version}"{labels}}} {float(value):g}' for labels, value in rows)
+    put("drift_alarm", "1 where the window differs from the reference", [("", first["alarm"])])
+    put("drift_window_p", "p value of the whole window", [("", first["window_p"])])
+    put("drift_window_slices", "Slices in the window", [("", first["n_current"])])
+    put("drift_statistic", "Kolmogorov-Smirnov statistic, or squared MMD of all together",
+        [(f',quantity="{r.quantity}"', r.statistic) for r in table.itertuples()])
+    if feedback and feedback["n"]:
+        put("accuracy", "Share of verified predictions that were right", [("", feedback["accuracy"])])
+        put("accuracy_fallen", "1 where the sequential test found a fall", [("", feedback["fallen"])])
+    return "\n".join(said) + "\n"
+
+# %% ../nbs/12_monitoring.ipynb #c036
+def monitor(champion: Path, reference: Path, address: str, target: Path, alpha: float, newest: int = 500) -> dict:
+    """Test the `newest` rows that the model in the folder `champion` left in the prediction log `address` against the CSV `reference`;
+    drift.html and drift.prom in the folder `target`. What was decided, in `decide`'s words, with `performance` where labels came back.
+
+    Raises StudyError where a file is missing, or the window is too small."""
+    from deeptumornet.log import read_log
+    from deeptumornet.study import read_json
+
+    for path in (champion / "card.json", reference):
+        if not path.is_file():
+            raise StudyError(f"{path} is missing: run `dvc repro` first")
+    card = read_json(champion / "card.json")
+    rows = read_log(address, card["version"], card["positive"]).tail(newest)
+    table = drift_table(pd.read_csv(reference), rows, alpha)
+    verified = rows.dropna(subset="decided_label")
+    called = verified["probability"] >= card["threshold"]["value"]
+    seen = performance(called == (verified["decided_label"] == card["positive"]), card["metrics"]["accuracy"]["value"]) if len(verified) else None
+    decision = decide(table)
+    if seen and seen["fallen"]:
+        decision = {"retrain": True, "why": f"{decision['why']}; the accuracy fell to {seen['accuracy']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}] "
+                                            f"on {seen['n']} verified slices, where {seen['expected']:.2f} is expected"}
+    html_report(target / "drift.html", f"Drift of {card['version']}", decision["why"], {"Window against reference": table})
+    with atomic(target / "drift.prom") as temporary:
+        temporary.write_text(gauges(table, card["version"], seen))
+    return {**decision, "version": card["version"], "n": len(rows), "performance": seen}

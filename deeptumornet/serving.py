@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import sqlite3
 import struct
 import threading
 import time
@@ -19,8 +18,6 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing
-from datetime import UTC, datetime
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +28,6 @@ from flask import Flask, Request, Response, g, jsonify, request
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from scipy.ndimage import laplace
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
@@ -48,15 +44,16 @@ from werkzeug.exceptions import (
 from . import __version__
 from .dicom import describe, is_dicom
 from .export import Engine
+from .log import STATISTICS, PredictionLog, add_feedback, image_statistics
 from .preprocessing import Slice, read_slice
 from .quality import failed, measure
 from .study import StudyError, project_root
 
 # %% auto #0
-__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'LARGEST_SHOWN', 'STATISTICS', 'PUBLIC', 'MARKS', 'HEADERS',
-           'TENSORS', 'MOST_AT_ONCE', 'kind', 'read_upload', 'unpacked', 'overlay', 'data_url', 'image_statistics',
-           'open_log', 'record', 'answer', 'cautions', 'seen', 'open_engine', 'body', 'uploaded', 'wished', 'checked',
-           'document', 'problem', 'items', 'answered', 'series_answer', 'tensor', 'Gate', 'create_app']
+__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'LARGEST_SHOWN', 'PUBLIC', 'MARKS', 'HEADERS', 'TENSORS',
+           'MOST_AT_ONCE', 'kind', 'read_upload', 'unpacked', 'overlay', 'data_url', 'answer', 'cautions', 'seen',
+           'open_engine', 'body', 'uploaded', 'wished', 'checked', 'document', 'problem', 'items', 'answered',
+           'series_answer', 'tensor', 'Gate', 'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
 UPLOAD = "the uploaded file"
@@ -142,55 +139,14 @@ def data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/11_serving.ipynb #c019
-STATISTICS = ("mean", "std", "sharpness", "dark")
-_TABLE = """
-CREATE TABLE IF NOT EXISTS predictions (time TEXT NOT NULL, version TEXT NOT NULL, image_id TEXT NOT NULL, probabilities TEXT NOT NULL,
-    mean REAL NOT NULL, std REAL NOT NULL, sharpness REAL NOT NULL, dark REAL NOT NULL);
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON predictions BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON predictions BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-"""
-
-
-def image_statistics(pixels: np.ndarray) -> dict[str, float]:
-    """Of a prepared slice (uint8, size × size): `mean` and `std` (grey levels), `sharpness` (standard deviation of the
-    Laplacian, grey levels) and `dark` (share of pixels under 10, 0..1)."""
-    values = pixels.astype(np.float64)
-    return {"mean": float(values.mean()), "std": float(values.std()), "sharpness": float(laplace(values).std()),
-            "dark": float((pixels < 10).mean())}
-
-
-def open_log(path: Path | str) -> None:
-    "Make the prediction log `path` where there is none. Raises StudyError where it cannot be written."
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as log:
-            log.executescript(_TABLE)
-    except sqlite3.Error as error:
-        raise StudyError(f"the prediction log {path} cannot be written ({error}): name a file in a folder that is there "
-                         "and that the service may write, in DEEPTUMORNET_PREDICTION_LOG") from error
-
-
-def record(path: Path | str, version: str, image_id: str, probabilities: dict[str, float], prepared: np.ndarray) -> None:
-    """Append one prediction about the `prepared` slice (uint8, size × size) to the log `path`.
-
-    A log that cannot be written is reported to the server's own log; it costs nobody the answer."""
-    numbers = image_statistics(prepared)
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    row = (time, version, image_id, json.dumps(probabilities), *(numbers[k] for k in STATISTICS))
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as log, log:
-            log.execute(f"INSERT INTO predictions VALUES ({', '.join('?' * len(row))})", row)
-    except sqlite3.Error as error:
-        logging.getLogger(__name__).error("a prediction is missing from the log %s: %s", path, error)
-
-# %% ../nbs/11_serving.ipynb #c024
 PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
 
 
-def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: Path | str | None = None) -> dict:
+def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
     """What the service says about the file `data`, or a decoded slice (uint8, height × width), JSON-ready: class, decision, probabilities, threshold, model and
-    warnings, and with `heat_map` the picture and the heat map over it as data URLs. It is recorded in `log`, if one is named.
+    warnings, and with `heat_map` the picture and the heat map over it as data URLs. With a `log` it is recorded there, and `id` names the record.
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
@@ -206,7 +162,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
         "warnings": cautions(card, found, prepared),
     }
     if log:
-        record(log, card["version"], found.image_id, p, prepared)
+        content["id"] = log.record(card["version"], found.image_id, p, prepared)
     if heat_map:
         coloured = overlay(heat[0], found.height, found.width, place)
         grey = Image.fromarray(found.pixels)
@@ -249,7 +205,7 @@ def seen(reference: np.ndarray) -> dict[str, tuple[float, float]]:
     values = {name: [image_statistics(pixels)[name] for pixels in reference] for name in STATISTICS}
     return {name: (min(v) - 0.1 * np.ptp(v), max(v) + 0.1 * np.ptp(v)) for name, v in values.items()}
 
-# %% ../nbs/11_serving.ipynb #c025
+# %% ../nbs/11_serving.ipynb #c020
 def open_engine(folder: Path) -> Engine:
     "The exported model in `folder`, warm, and with the ranges of `seen` in its card. StudyError where there is none, or a changed one."
     engine = Engine(folder)
@@ -258,7 +214,7 @@ def open_engine(folder: Path) -> Engine:
     engine.card["seen"] = seen(np.load(folder / "reference.npz", allow_pickle=False)["slices"])
     return engine
 
-# %% ../nbs/11_serving.ipynb #c027
+# %% ../nbs/11_serving.ipynb #c022
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
                                "form-action 'self'; frame-ancestors 'none'",
@@ -329,7 +285,7 @@ def problem(error: HTTPException) -> Response:
     response.content_type = "application/problem+json"
     return response
 
-# %% ../nbs/11_serving.ipynb #c029
+# %% ../nbs/11_serving.ipynb #c024
 def items(files: list[bytes]) -> list[bytes | StudyError]:
     "The slices in `files`, zip archives among them unpacked. Raises StudyError for an unreadable archive or over MOST_ITEMS slices."
     found = [item for data in files for item in (unpacked(data) if data[:4] in (b"PK\3\4", b"PK\5\6") else [data])]
@@ -338,7 +294,7 @@ def items(files: list[bytes]) -> list[bytes | StudyError]:
     return found
 
 
-def answered(engine: Engine, place: int, item: bytes | StudyError, log: Path | str | None) -> dict:
+def answered(engine: Engine, place: int, item: bytes | StudyError, log: PredictionLog | None) -> dict:
     "What a batch says about one `item`: its `place`, a status, and the `prediction` or the `problem`"
     try:
         return {"item": place, "status": 200, "prediction": answer(engine, checked(item), False, log)}
@@ -347,7 +303,7 @@ def answered(engine: Engine, place: int, item: bytes | StudyError, log: Path | s
         return {"item": place, "status": failure.code, "problem": document(failure)}
 
 
-def series_answer(engine: Engine, found: list[bytes | StudyError], log: Path | str | None) -> dict:
+def series_answer(engine: Engine, found: list[bytes | StudyError], log: PredictionLog | None) -> dict:
     """What the service says about the DICOM slices of one series: `slices` as `answered`, with `position_mm` and from bottom to top, and
     `series`. Raises StudyError where they are of several series, or where no slice can be read."""
     headers = [describe(item, UPLOAD) if isinstance(item, bytes) and is_dicom(item[:132]) else None for item in found]
@@ -371,7 +327,7 @@ def series_answer(engine: Engine, found: list[bytes | StudyError], log: Path | s
         "warnings": ["The model was measured on single slices: among many, some are positive by chance, and no decision about the series is given."],
     }, "slices": slices}
 
-# %% ../nbs/11_serving.ipynb #c031
+# %% ../nbs/11_serving.ipynb #c026
 TENSORS = {"slices": ("UINT8", 3), "files": ("BYTES", 1)}
 "Inputs that `/infer` takes: datatype and number of dimensions"
 
@@ -404,7 +360,7 @@ def tensor(data: bytes, json_length: int) -> tuple[dict, list[bytes | np.ndarray
         raise BadRequest("send one input: `slices`, UINT8 of shape [n, height, width] with grey values 0 to 255, or `files`, BYTES of "
                          f"shape [n] in base64, with n up to {MOST_ITEMS}, as in /openapi.json") from None
 
-# %% ../nbs/11_serving.ipynb #c033
+# %% ../nbs/11_serving.ipynb #c028
 MOST_AT_ONCE = 32
 "Requests that one process works on at once"
 
@@ -432,20 +388,19 @@ class Gate:
             if self._asked[address] > self.rate:
                 raise TooManyRequests(f"{self.rate} requests a minute are answered: wait a little", retry_after=60 - int(now % 60))
 
-# %% ../nbs/11_serving.ipynb #c035
+# %% ../nbs/11_serving.ipynb #c030
 def create_app(champion: Path | str | None = None) -> Flask:
     """The service for the exported model in the folder `champion`; by default the one that DEEPTUMORNET_CHAMPION names,
     or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
-    Predictions are recorded in the file that DEEPTUMORNET_PREDICTION_LOG or app.config["PREDICTION_LOG"] names;
+    Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file);
     DEEPTUMORNET_TOKENS (words) and DEEPTUMORNET_RATE (requests a minute and address) close the `Gate`.
 
     Raises click.ClickException, which `flask run` prints as its sentence, where there is no sound model or the log cannot be written."""
     try:
         folder = Path(champion or os.environ.get("DEEPTUMORNET_CHAMPION") or project_root() / "models" / "champion")
         engine = open_engine(folder)
-        log = os.environ.get("DEEPTUMORNET_PREDICTION_LOG") or None
-        if log:
-            open_log(log)
+        address = os.environ.get("DEEPTUMORNET_PREDICTION_LOG")
+        log = PredictionLog(address) if address else None
         rate = os.environ.get("DEEPTUMORNET_RATE") or "0"
         if not rate.isdecimal():
             raise StudyError(f"DEEPTUMORNET_RATE is {rate!r}, and not a number of requests a minute: set one, or 0 for any number")
@@ -467,7 +422,7 @@ def create_app(champion: Path | str | None = None) -> Flask:
     @app.before_request
     def admit() -> None:
         g.start, g.slot = time.perf_counter(), False
-        if request.path.startswith(("/api/", "/v2/models", "/metrics")):
+        if request.path.startswith(("/api/", "/v2/models", "/metrics")) and request.path != "/api/v1/feedback":  # it has a token of its own
             gate.check(request.headers.get("Authorization", ""), request.remote_addr or "")
         if request.method == "POST":
             g.slot = gate.slots.acquire(blocking=False)
@@ -508,6 +463,8 @@ def create_app(champion: Path | str | None = None) -> Flask:
     @app.post("/api/v1/series")
     def series() -> Response:
         return jsonify(series_answer(engine, items(uploaded()), app.config["PREDICTION_LOG"]))
+
+    add_feedback(app, engine.card["classes"])
 
     @app.get("/api/v1/model")
     def model() -> Response:

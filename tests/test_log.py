@@ -1,0 +1,259 @@
+"""What was answered is in the prediction log, once, whatever happens to the service or the database; and nothing of a patient is."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+import pytest
+import sqlalchemy as sa
+from conftest import encoded
+
+from deeptumornet import log as log_module
+from deeptumornet.dicom import window, write_dicom
+from deeptumornet.export import Engine
+from deeptumornet.log import FEEDBACK, STATISTICS, PredictionLog, connect, image_statistics, read_log
+from deeptumornet.monitoring import statistics_table
+from deeptumornet.serving import create_app
+from deeptumornet.study import StudyError
+
+PREDICT, FEED, TOKEN = "/api/v1/predict", "/api/v1/feedback", "a-token-for-tests"
+FLAT = np.zeros((8, 8), np.uint8)
+TWO = {"normal": 0.25, "adenocarcinoma": 0.75}
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A real PostgreSQL server on loopback, with a password; its SQLAlchemy address."""
+    found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)
+    if not found:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    folder = Path("/tmp") / f"deeptumornet-postgres-{os.getpid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "password").write_text("loopback")
+    user = {}
+    if os.geteuid() == 0:
+        try:
+            user = {"user": pwd.getpwnam("postgres").pw_uid}
+        except KeyError:
+            shutil.rmtree(folder)
+            pytest.skip("PostgreSQL does not run as root, and this machine has no user postgres")
+        for path in (folder, folder / "password"):
+            os.chown(path, user["user"], -1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run([found, "-D", folder / "data", "-U", "study", "-A", "scram-sha-256", "--pwfile", folder / "password", "-N"],
+                   check=True, capture_output=True, cwd="/tmp", **user)
+    server = subprocess.Popen([Path(found).resolve().with_name("postgres"), "-D", folder / "data", "-p", str(port), "-k", folder,
+                               "-h", "127.0.0.1", "-F"], stderr=subprocess.DEVNULL, cwd="/tmp", **user)
+    address = f"postgresql+psycopg://study:loopback@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(100):
+            try:
+                with connect(address):
+                    break
+            except StudyError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("the PostgreSQL server did not start in ten seconds")
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def address(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'log.sqlite'}"
+    url = request.getfixturevalue("postgres")
+    with connect(url) as database:
+        for table in (FEEDBACK, log_module.PREDICTIONS):
+            database.execute(sa.delete(table))
+    return url
+
+
+def test_rows_and_corrections(address, tmp_path):
+    log = PredictionLog(address, tmp_path / "spool")
+    ids = [log.record("v", "i" * 64, TWO, FLAT, features=np.array([0.5, 1.25])) for _ in range(5)]
+    log.feedback(ids[0], "normal", "A", list(TWO))
+    log.feedback(ids[0], "adenocarcinoma", "B", list(TWO))
+    log.close()
+    table = read_log(address, "v", "adenocarcinoma").set_index("id")
+    assert set(table.index) == set(ids) and (table["probability"] == 0.75).all()
+    assert table.loc[ids[0], "decided_label"] == "adenocarcinoma" and table.loc[ids[1:], "decided_label"].isna().all()
+    assert read_log(address, "another", "adenocarcinoma").empty
+    with connect(address) as database:
+        said = database.execute(sa.select(FEEDBACK).order_by(FEEDBACK.c.number)).all()
+        assert [(r.who, r.label) for r in said] == [("A", "normal"), ("B", "adenocarcinoma")]
+        assert database.execute(sa.select(log_module.PREDICTIONS.c.features)).scalars().all() == [[0.5, 1.25]] * 5
+    assert log.keep(days=1, rows=2) == 3 and log.keep(days=0, rows=9) == 2
+    with connect(address) as database:
+        assert not database.execute(sa.select(FEEDBACK)).all(), "feedback goes with its prediction"
+
+
+def test_a_row_that_is_sent_twice_is_there_once(address, tmp_path):
+    log = PredictionLog(address, tmp_path / "spool", pause=60)
+    log.record("v", "i", TWO, FLAT)
+    copy = next((tmp_path / "spool").glob("*.open")).read_bytes()
+    assert log.flush() == 1
+    (tmp_path / "spool" / "0-killed-between-commit-and-removal.ready").write_bytes(copy + b'{"id": "to')
+    assert log.flush() == 0 and len(read_log(address, "v", "normal")) == 1
+    log.close()
+
+
+def test_kill_minus_nine_of_the_service_loses_no_answer(champion, slice_png, address, tmp_path):
+    serve = ("import sys; from deeptumornet.serving import create_app\n"
+             "client = create_app(sys.argv[1]).test_client(); png = open(sys.argv[2], 'rb').read()\n"
+             "while True: print(client.post('/api/v1/predict', data=png).json['id'], flush=True)")
+    (tmp_path / "a.png").write_bytes(slice_png)
+    process = subprocess.Popen([sys.executable, "-c", serve, str(champion), str(tmp_path / "a.png")], stdout=subprocess.PIPE, text=True,
+                               cwd=tmp_path, env={**os.environ, "DEEPTUMORNET_PREDICTION_LOG": address})
+    told = [process.stdout.readline().strip() for _ in range(60)]
+    process.kill()
+    told += [line for line in process.stdout.read().split("\n") if len(line) == 32]
+    process.wait()
+    spool = tmp_path / ("log.sqlite.spool" if address.startswith("sqlite") else "predictions.spool")
+    PredictionLog(address, spool).close()
+    kept = read_log(address, Engine(champion).card["version"], "normal")["id"]
+    assert len(told) >= 60 and set(told) <= set(kept) and kept.is_unique and len(kept) <= len(told) + 1
+
+
+def test_the_service_logs_what_monitoring_reads(champion, phantoms, tmp_path, monkeypatch):
+    path = tmp_path / "log.sqlite"
+    monkeypatch.setenv("DEEPTUMORNET_PREDICTION_LOG", str(path))
+    app = create_app(champion)
+    client, engine = app.test_client(), Engine(champion)
+    said = [client.post(PREDICT, data=encoded(window(hu))).json for hu in phantoms]
+    assert client.post(PREDICT, data=b"a note").status_code == 415
+    assert client.post(PREDICT, data=encoded(np.zeros((99, 99), np.uint8))).status_code == 422
+    app.config["PREDICTION_LOG"].close()
+    read = read_log(path, engine.card["version"], "adenocarcinoma").set_index("id").loc[[answer["id"] for answer in said]]
+    prepared = np.stack([engine.prepare(window(hu))[0] for hu in phantoms])
+    pd.testing.assert_frame_equal(read[[*STATISTICS, "probability"]].reset_index(drop=True),
+                                  statistics_table(prepared, [answer["probability"] for answer in said]))
+
+
+def test_feedback_needs_the_token_a_known_prediction_and_a_class(champion, slice_png, tmp_path, monkeypatch):
+    app = create_app(champion)
+    client, good = app.test_client(), {"Authorization": f"Bearer {TOKEN}"}
+    assert client.post(FEED, json={}).status_code == 503
+    monkeypatch.setenv("DEEPTUMORNET_FEEDBACK_TOKEN", TOKEN)
+    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite")
+    word = {"id": client.post(PREDICT, data=slice_png).json["id"], "label": "normal", "who": "reader A"}
+    refused = client.post(FEED, json=word, headers={"Authorization": "Bearer wrong"})
+    assert refused.status_code == 401 and "Bearer" in refused.headers["WWW-Authenticate"]
+    assert client.post(FEED, json=word).status_code == 401
+    assert client.post(FEED, data=b"{", headers=good).status_code == 400
+    for wrong in ({"label": "benign"}, {"id": "0" * 32}, {"who": " "}):
+        answer = client.post(FEED, json=word | wrong, headers=good)
+        assert answer.status_code == 422 and answer.content_type == "application/problem+json"
+    assert client.post(FEED, json=word, headers=good).status_code == 201
+    log.close()
+    assert read_log(tmp_path / "log.sqlite", Engine(champion).card["version"], "normal")["decided_label"].tolist() == ["normal"]
+
+
+def test_no_log_unless_asked(champion, slice_png, monkeypatch):
+    monkeypatch.delenv("DEEPTUMORNET_PREDICTION_LOG", raising=False)
+    app = create_app(champion)
+    assert app.config["PREDICTION_LOG"] is None
+    assert "id" not in app.test_client().post(PREDICT, data=slice_png).json
+
+
+def test_the_log_holds_no_pixel_and_nothing_of_a_patient(champion, phantoms, tmp_path):
+    app = create_app(champion)
+    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    write_dicom(tmp_path / "a.dcm", phantoms[1], "Doe^Jane", 0.0, 1.4, "series")
+    data = {"file": ((tmp_path / "a.dcm").open("rb"), "Doe Jane.dcm")}
+    assert app.test_client().post(PREDICT, data=data).status_code == 200
+    spooled = next((tmp_path / "log.sqlite.spool").glob("*.open")).read_bytes()
+    log.close()
+    assert b"Doe" not in spooled + (tmp_path / "log.sqlite").read_bytes() and len(spooled) < 1000
+
+
+def test_many_threads_lose_no_row(champion, slice_png, tmp_path):
+    app = create_app(champion)
+    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite", pause=0.01)
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(lambda _: app.test_client().post(PREDICT, data=slice_png).json["id"], range(48)))
+    log.close()
+    assert sorted(read_log(tmp_path / "log.sqlite", Engine(champion).card["version"], "normal")["id"]) == sorted(told)
+
+
+def test_a_locked_database_delays_rows_and_no_answer(champion, slice_png, tmp_path, caplog):
+    app = create_app(champion)
+    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    with sa.create_engine(f"sqlite:///{tmp_path / 'log.sqlite'}").connect() as other:
+        other.exec_driver_sql("BEGIN EXCLUSIVE")
+        start = time.perf_counter()
+        told = app.test_client().post(PREDICT, data=slice_png).json["id"]
+        assert time.perf_counter() - start < 3
+        with pytest.raises(StudyError, match="cannot be written or read .*locked"):
+            log.flush()
+    log.close()
+    assert read_log(tmp_path / "log.sqlite", Engine(champion).card["version"], "normal")["id"].tolist() == [told]
+
+
+def test_a_database_that_is_gone_or_full_keeps_rows_waiting(tmp_path, monkeypatch, caplog):
+    (tmp_path / "db").mkdir()
+    log = PredictionLog(tmp_path / "db" / "log.sqlite", tmp_path / "spool", pause=60)
+    shutil.rmtree(tmp_path / "db")
+    told = log.record("v", "i", TWO, FLAT)
+    with pytest.raises(StudyError, match="cannot be written or read"):
+        log.flush()
+    (tmp_path / "db").mkdir()
+    log.close()
+    assert read_log(tmp_path / "db" / "log.sqlite", "v", "normal")["id"].tolist() == [told]
+    monkeypatch.setattr(log_module, "LARGEST_SPOOL", 10)
+    log.record("v", "i", TWO, FLAT)
+    assert "a prediction is missing from the log" in caplog.text, "a bound that is reached is said, not silent"
+
+
+def test_a_log_that_cannot_be_opened(champion, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPTUMORNET_PREDICTION_LOG", os.fspath(tmp_path / "none" / "log.sqlite"))
+    with pytest.raises(click.ClickException, match="cannot be written or read"):
+        create_app(champion)
+    with pytest.raises(StudyError, match="there is no prediction log"):
+        read_log(tmp_path / "a.sqlite", "v", "a")
+    (tmp_path / "a.sqlite").write_bytes(b"a note that is long enough to be no database" * 50)
+    with pytest.raises(StudyError, match="cannot be written or read .*not a database"):
+        read_log(tmp_path / "a.sqlite", "v", "a")
+
+
+def test_a_wrong_password_is_a_sentence_without_it(postgres, tmp_path):
+    with pytest.raises(StudyError, match="cannot be written or read") as error:
+        PredictionLog(postgres.replace("loopback", "wrong-secret"), tmp_path / "spool")
+    assert "wrong-secret" not in str(error.value)
+
+
+def test_a_clock_that_jumps_loses_nothing(tmp_path, monkeypatch):
+    log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    times = iter(["2031-01-01T00:00:00.000+00:00", "2026-01-01T00:00:00.000+00:00"])
+    monkeypatch.setattr(log_module, "now", lambda: next(times))
+    ids = [log.record("v", "i", TWO, FLAT) for _ in range(2)]
+    log.close()
+    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) == set(ids)
+
+
+def test_logging_costs_at_most_two_percent_of_an_answer(champion, slice_png, tmp_path):
+    """Of the prediction of a tiny network, which is faster than any that is served. The median of the log's own time is compared, for
+    the difference of two whole answers is drowned in their scatter."""
+    client = create_app(champion).test_client()
+    def seconds(run): start = time.perf_counter(); run(); return time.perf_counter() - start  # noqa: E702
+    log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    answer = np.median([seconds(lambda: client.post(PREDICT, data=slice_png)) for _ in range(30)])
+    row = np.median([seconds(lambda: log.record("v", "i" * 64, TWO, np.zeros((80, 80), np.uint8))) for _ in range(200)])
+    log.close()
+    print(f"answer {1000 * answer:.2f} ms, log {1000 * row:.3f} ms")
+    assert row <= 0.02 * answer, (row, answer)
+    assert image_statistics(FLAT)["dark"] == 1

@@ -159,7 +159,9 @@ h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px so
 .anchor-link { display: none; } img { max-width: 100%; height: auto; background: #fff; }
 details { margin: .4rem 0; font-size: .85rem; } summary { cursor: pointer; color: var(--link); }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem; } figure.table { margin: 1rem 0; overflow-x: auto; }
-figcaption { font-weight: 600; margin-bottom: .3rem; text-align: left; } table { border-collapse: collapse; font-size: .85rem; }
+figcaption { font-weight: 600; margin-bottom: .3rem; text-align: left; }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; } figure.table table { display: table; }
+body { overflow-wrap: anywhere; }
 td { white-space: nowrap; } figure.table.prose td { white-space: normal; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 400; } tbody tr:nth-child(odd) { background: var(--soft); }

@@ -23,7 +23,8 @@ DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA6
 @pytest.fixture
 def page(tmp_path):
     wide = table(pd.DataFrame({f"a column with a long name {k}": [0.123456] for k in range(20)}), 'a "wide" table').data
-    cells = [new_markdown_cell("# The report\n\n> One line"),
+    table_text = "\n".join("|" + f" {cell} |" * 12 for cell in ("a number", "--", "1,234,567"))
+    cells = [new_markdown_cell("# The report\n\n> One line\n\n" + table_text),
              new_code_cell("2 * 21", outputs=[new_output("execute_result", {"text/plain": "42"})], metadata={"tags": []}),
              new_code_cell("profile = 'secret'", outputs=[new_output("stream", text="unseen")], metadata={"tags": ["injected-parameters"]}),
              new_code_cell("wide", outputs=[new_output("execute_result", {"text/html": wide})]),

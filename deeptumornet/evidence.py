@@ -140,7 +140,7 @@ def said(table: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
             sentences.append(f"No network is better than another: {unit[test]}, smallest p = {part['p_holm'].min():.2g} "
                              f"after Holm's correction over {part['p'].notna().sum()} pairs.")
         for why, of in undefined.groupby("why"):
-            which = ", ".join(f"{titles[r.a]} and {titles[r.b]}" for r in of.itertuples())
+            which = f"any of {len(of)} pairs" if len(of) == len(part) > 1 else ", ".join(f"{titles[r.a]} and {titles[r.b]}" for r in of.itertuples())
             sentences.append(f"Not compared by {unit[test]}: {which}; {why}.")
     return sentences
 

@@ -27,6 +27,8 @@ def worth_rows(result: Mapping, external: pd.DataFrame | None) -> pd.DataFrame:
     rows, titles = [], result["titles"]
     steps = {"published": "random split over files\n(the paper's protocol)", "grouped": "groups kept together,\ncopies removed", "holdout": "held-out groups"}
     for protocol, step in steps.items():
+        if protocol == "holdout" and "grouped" in result["protocols"]:  # one small split says less than repeated folds
+            continue
         scores = {n: at_half(s, "balanced_accuracy") | {"n": s["n"], "n_groups": s["n_groups"]} for n, s in result["protocols"].get(protocol, {}).items()}
         for what, names in (("network", [n for n in scores if n not in BASELINES]), ("baseline", [n for n in scores if n in BASELINES])):
             known = [n for n in names if scores[n]["value"] is not None]

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from . import metrics
 from .collection import catalogue
 from .comparison import _said, p_columns
-from .features import cut
+from .features import BATCH, cut, forward
 from .groups import random_split
 from .lungs import Field, find_lungs, see
 from .preprocessing import complete, examine, read_slice
@@ -73,14 +73,13 @@ def altered(study: Study, rows: pd.DataFrame, name: str) -> np.ndarray:
     return np.stack(pictures)
 
 # %% ../nbs/08e_controls.ipynb #c012
-def features_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    "A function from pictures (uint8, n × size × size) to the features (float32, n × channels) that the head of `model` sees; traced once"
-    import tensorflow as tf
+def features_of(model: keras.Model, slices: int) -> Callable[[np.ndarray], np.ndarray]:
+    "A function from pictures (uint8, n × size × size) to the features (float32, n × channels) that the head of `model` sees, for about so many `slices`"
+    import keras
 
-    lower = cut(model, "features")[0]
-    any_number = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
-    run = tf.function(lambda batch: tf.nest.flatten(lower(batch, training=False))[0], input_signature=[any_number], autograph=False)
-    return lambda pictures: np.concatenate([run(pictures[k:k + 32, ..., None].astype(np.float32)).numpy() for k in range(0, len(pictures), 32)])
+    run = forward(cut(model, "features")[0], slices)
+    return lambda pictures: np.concatenate([keras.tree.flatten(run(pictures[k:k + BATCH, ..., None].astype(np.float32)))[0].numpy()
+                                            for k in range(0, len(pictures), BATCH)])
 
 
 def control_rows(model: keras.Model, name: str, features: Mapping[str, np.ndarray], rows: pd.DataFrame, study: Study) -> list[dict]:

@@ -5,12 +5,15 @@
 # %% ../nbs/09_explanation.ipynb #c002
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from .features import forward
 from .lungs import find_lungs, see
 from .preprocessing import read_slice
 from .study import Study
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['METHODS', 'grad_cam', 'scrambled', 'occlusion', 'sanity', 'pointing_game']
+__all__ = ['METHODS', 'grad_cam', 'scrambled', 'occlusion', 'likeness', 'pointing_game']
 
 # %% ../nbs/09_explanation.ipynb #c007
 def _after_backbone(model: keras.Model) -> list:
@@ -50,25 +53,23 @@ def grad_cam(model: keras.Model, slices: np.ndarray, positive: int) -> np.ndarra
     return heat / np.maximum(heat.max(axis=(1, 2), keepdims=True), 1e-12)
 
 
-def scrambled(model: keras.Model, seed: int) -> keras.Model:
-    "A copy of `model` with the values of each kernel permuted: the same statistics, nothing learned"
-    import keras
-
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    rng = np.random.default_rng(seed)
-    for variable in copy.variables:
+@contextmanager
+def scrambled(model: keras.Model, seed: int) -> Iterator[None]:
+    "Within it the values of each kernel of `model` are permuted: the same statistics, nothing learned"
+    learned, rng = model.get_weights(), np.random.default_rng(seed)
+    for variable in model.variables:
         if len(variable.shape) >= 2:
             variable.assign(rng.permutation(variable.numpy().ravel()).reshape(variable.shape))
-    return copy
+    try:
+        yield
+    finally:
+        model.set_weights(learned)
 
 # %% ../nbs/09_explanation.ipynb #c009
 def occlusion(model: keras.Model, slices: np.ndarray, positive: int, cells: int = 7) -> np.ndarray:
     """Heat maps (float32, n × cells × cells, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class number `positive`: how far its
     log odds fall when a square around the cell is grey; rises are cut off."""
-    import tensorflow as tf
-
-    run = tf.function(lambda batch: model(batch, training=False), autograph=False, reduce_retracing=True)
+    run = forward(model, len(slices) * (cells * cells + 1))
     size = slices.shape[1]
     middles, half, heats = (np.arange(cells) + 0.5) * size / cells, size / cells, []
     for picture in slices:
@@ -86,10 +87,9 @@ def occlusion(model: keras.Model, slices: np.ndarray, positive: int, cells: int 
 METHODS = {"Grad-CAM": grad_cam, "occlusion": occlusion}
 
 # %% ../nbs/09_explanation.ipynb #c017
-def sanity(method: str, model: keras.Model, slices: np.ndarray, positive: int, seed: int) -> float:
-    "Mean Spearman correlation (-1..1) of the heat maps of `model` and its scrambled copy by a method of METHODS; constant maps count 0"
-    heat = METHODS[method]
-    pairs = zip(heat(model, slices, positive), heat(scrambled(model, seed), slices, positive), strict=True)
+def likeness(heats: np.ndarray, others: np.ndarray) -> float:
+    "Mean Spearman correlation (-1..1) of two heat maps (n × h × w) of the same slice; constant maps count 0"
+    pairs = zip(heats, others, strict=True)
     return float(np.mean([0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else spearmanr(a.ravel(), b.ravel()).statistic for a, b in pairs]))
 
 # %% ../nbs/09_explanation.ipynb #c020

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['BATCH', 'BLOCK', 'decode', 'slice_dataset', 'cut', 'Kept', 'fingerprint']
+__all__ = ['BATCH', 'BLOCK', 'decode', 'slice_dataset', 'forward', 'cut', 'Kept', 'fingerprint']
 
 # %% ../nbs/03a_features.ipynb #c007
 BATCH = 32
@@ -41,6 +41,17 @@ def slice_dataset(files: Sequence[Path], batch: int = BATCH) -> tf.data.Dataset:
 
     paths = tf.data.Dataset.from_tensor_slices([str(f) for f in files])
     return paths.map(decode, num_parallel_calls=2).batch(batch).prefetch(2)
+
+
+def forward(model: Callable, slices: int, training: bool = False) -> Callable[[tf.Tensor], tf.Tensor]:
+    """`model` as a function of a batch, for about so many `slices` in all: traced by TensorFlow where they are many. The trace of a network of
+    hundreds of layers takes as long as it takes to run them on 8 batches."""
+    import tensorflow as tf
+
+    def run(batch: tf.Tensor) -> tf.Tensor:
+        return model(batch, training=training)
+
+    return run if slices <= 8 * BATCH else tf.function(run, autograph=False, reduce_retracing=True)
 
 # %% ../nbs/03a_features.ipynb #c010
 def cut(model: keras.Model, layer: str) -> tuple[keras.Model, keras.Model]:
@@ -102,7 +113,9 @@ class Kept:
         "The model's outputs for `files` (a list of float32, n × …), computed where they are not kept; with a progress bar `what`"
         self.digest.update({file: sha256(file) for file in files if file not in self.digest})
         wanted = dict.fromkeys(self.digest[file] for file in files)
-        self._compute({digest: file for file, digest in self.digest.items() if digest in wanted and digest not in self.at}, what)
+        missing = {digest: file for file, digest in self.digest.items() if digest in wanted and digest not in self.at}
+        if missing:
+            self._compute(missing, what, forward(self.model, len(wanted)))  # what is kept does not change how the rest is computed
         return self.read(files)
 
     def read(self, files: Sequence[Path]) -> list[np.ndarray]:
@@ -113,12 +126,9 @@ class Kept:
             rows[k] = np.fromfile(block, self.row, 1, offset=offset)[0]
         return [rows[f"x{k}"] for k in range(len(self.model.outputs))]
 
-    def _compute(self, missing: dict[str, Path], what: str) -> None:
+    def _compute(self, missing: dict[str, Path], what: str, run: Callable) -> None:
         import tensorflow as tf
 
-        if not missing:
-            return
-        run = tf.function(lambda batch: self.model(batch, training=False), autograph=False, reduce_retracing=True)
         names, paths = list(missing), list(missing.values())
         with progress(None, what, len(names)) as bar:
             for start in range(0, len(names), BLOCK):

@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from .features import Kept, cut, decode, slice_dataset
+from .features import Kept, cut, decode, forward, slice_dataset
 from .groups import group_folds, random_split, readable
 from .preprocessing import load_manifest
 from .study import Study, StudyError, atomic, progress, sha256, tracked, write_csv, write_json
@@ -337,12 +337,10 @@ def shuffled(read: Callable[[np.ndarray], list[np.ndarray]], labels: np.ndarray,
 # %% ../nbs/03_training.ipynb #c027
 def settle(model: keras.Model, files: Sequence[Path]) -> None:
     "Set the batch normalisation statistics of `model`, in place, from at most 20 batches of 32 of the prepared slices in `files`"
-    import tensorflow as tf
-
     norms = _norms(model)
     for layer in norms:
         layer.momentum = 0.5
-    run = tf.function(lambda batch: model(batch, training=True), autograph=False, reduce_retracing=True)
+    run = forward(model, len(files), training=True)
     for batch in slice_dataset(files).take(20):
         run(batch)
     for layer in norms:
@@ -423,17 +421,15 @@ LOW = 0.01
 "The rate of fine-tuning by the rate of the head"
 
 
-def predictor(model: keras.Model) -> Callable[[Sequence[Path]], np.ndarray]:
-    "A function from prepared slices' files to probabilities (n × classes), in batches; traced once"
-    import tensorflow as tf
-
-    run = tf.function(lambda batch: model(batch, training=False), autograph=False, reduce_retracing=True)
+def predictor(model: keras.Model, slices: int) -> Callable[[Sequence[Path]], np.ndarray]:
+    "A function from prepared slices' files to probabilities (n × classes), in batches, for about so many `slices` in all"
+    run = forward(model, slices)
     return lambda files: np.concatenate([run(batch).numpy() for batch in slice_dataset(files)])
 
 
 def predict_slices(model: keras.Model, files: Sequence[Path]) -> np.ndarray:
     "Probabilities (n × classes) of the prepared slices in `files`, in batches"
-    return predictor(model)(files)
+    return predictor(model, len(files))(files)
 
 
 def fine_tune(model: keras.Model, depth: int, train: pd.DataFrame, validation: pd.DataFrame, settings: dict, study: Study) -> pd.DataFrame:
@@ -451,7 +447,8 @@ def fine_tune(model: keras.Model, depth: int, train: pd.DataFrame, validation: p
     positive, what = study.classes.index(study.positive), f"fine-tuning {model.name}"
     if settings["augment"]:
         lower.trainable = False
-        batches, look = training_dataset(files["train"], labels, settings["batch"], study.seed, settings["augment"]), predictor(model)
+        batches = training_dataset(files["train"], labels, settings["batch"], study.seed, settings["augment"])
+        look = predictor(model, settings["epochs"] * len(truth))
         return Learner(model, slow).fit(batches, labels, steps, lambda: (look(files["validation"]), truth), positive, what)
     kept = Kept(lower, study.workspace / ".cache")
     kept(files["train"] + files["validation"], f"activations of {model.name}")
@@ -482,7 +479,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
         if settings["method"] == "scratch":
             for layer in _norms(model):  # the run has few steps, so batch normalisation forgets faster than by default
                 layer.momentum = 0.9
-            look = predictor(model)
+            look = predictor(model, settings["epochs"] * len(files["validation"]))
             batches = training_dataset(files["train"], labels["train"], settings["batch"], study.seed, settings["augment"])
             curve = Learner(model, settings).fit(batches, labels["train"], int(np.ceil(len(files["train"]) / settings["batch"])),
                                                  lambda: (look(files["validation"]), labels["validation"]),
@@ -559,6 +556,7 @@ def log_run(study: Study, model: keras.Model, name: str, curve: pd.DataFrame, im
     import keras
     import mlflow
     import tensorflow as tf
+    from mlflow.models import Model
 
     for row in curve.to_dict("records"):
         mlflow.log_metrics({k: v for k, v in row.items() if k != "epoch" and np.isfinite(v)}, step=int(row["epoch"]))
@@ -567,8 +565,19 @@ def log_run(study: Study, model: keras.Model, name: str, curve: pd.DataFrame, im
     plt.close(figure)
     example = next(iter(slice_dataset([study.slices / f"{i}.png" for i in image_ids], 2))).numpy()
     signature = mlflow.models.infer_signature(example, np.asarray(model(example, training=False)))
-    mlflow.tensorflow.log_model(model, name=name.replace("/", "-"), signature=signature, input_example=example,
-                                pip_requirements=[f"keras=={keras.__version__}", f"tensorflow-cpu=={tf.__version__}"])
+    Model.log(artifact_path=None, name=name.replace("/", "-"), flavor=_Unserved, model=model, signature=signature, input_example=example, validate_serving_input=False,
+              pip_requirements=[f"keras=={keras.__version__}", f"tensorflow-cpu=={tf.__version__}"])
+
+
+class _Unserved:
+    """mlflow.tensorflow, whose log_model would load what it has just saved and predict with it, which takes longer than all the rest; that it
+    loads back and predicts the same is tested."""
+
+    @staticmethod
+    def save_model(validate_serving_input: bool, **told) -> None:
+        import mlflow
+
+        mlflow.tensorflow.save_model(**told)
 
 # %% ../nbs/03_training.ipynb #c035
 def show_curve(curve: pd.DataFrame, title: str) -> plt.Figure:

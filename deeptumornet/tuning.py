@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +143,8 @@ def paired(untuned: pd.DataFrame, tuned: pd.DataFrame, study: Study, draws: int 
 def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
     """Search, write the trials and the choice, train the winner as models/tuned; (trials, chosen values).
 
-    Where `tune.chief` is an address, this process deals out the trials there, and does none itself. A `worker` only works them off."""
+    Where `tune.chief` is an address, this process deals out the trials there, and does none itself. A `worker` only works them off, and
+    gives the trials of the searches that it met, with nothing chosen. StudyError where no chief answers it."""
     import mlflow
 
     settings, name = study["tune"], study.settings["tune_on"]
@@ -165,13 +167,15 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
 
         searches = []
         for k, kind in enumerate(settings["searches"]):
+            if worker and not _deals(settings["chief"], k, len(settings["searches"])):
+                continue
             with _chief(settings["chief"], k, worker):
                 searches.append(search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder))
-        trials = pd.concat(searches, ignore_index=True)
+        trials = pd.concat(searches or [pd.DataFrame()], ignore_index=True)
+        if worker:
+            return trials, {}
         best = trials.loc[trials["val_loss"].idxmin()]
         chosen = {what: best[what].item() if hasattr(best[what], "item") else best[what] for what in (*SPACE, "depth")}
-        if worker:
-            return trials, chosen
         train, validation = (manifest[manifest["split"] == part] for part in ("train", "validation"))
         told |= {what: chosen[what] for what in SPACE}
         tuned = add_head(body, len(study.classes), told, study.seed)
@@ -196,15 +200,48 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
     return trials, chosen
 
 
+def _parts(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise StudyError(f"params.yaml: tune.chief {address!r} is no address: write host:port, or nothing")
+    return host, int(port)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _deals(address: str, number: int, searches: int, patience: float = 600) -> bool:
+    """Whether the chief at `address` deals out search `number`, waited for; False where it went on to a later one of `searches`, or has ended.
+
+    keras-tuner's own client would wait for an hour, and ever longer between two looks, for a chief that has come and gone. StudyError
+    where nobody answers for `patience` seconds, a tenth of that once a search was met."""
+    host, port = _parts(address)
+    heard = time.monotonic()
+    while time.monotonic() - heard < (patience / 10 if number else patience):
+        open_now = [k for k in range(searches) if _answers(host, port + k)]
+        if open_now and max(open_now) >= number:
+            return max(open_now) == number
+        heard = time.monotonic() if open_now else heard
+        time.sleep(0.2)
+    if number:
+        return False
+    raise StudyError(f"no chief answers at {address} (params.yaml: tune.chief): start it with `deeptumornet run 07_tuning`, then this worker again")
+
+
 @contextmanager
 def _chief(address: str, number: int, worker: bool) -> Iterator[None]:
     """keras-tuner's environment for the search `number` with a chief at `address` (host:port), and none where that is "". Each search has a
     port of its own, for the chief of the last may not have closed when the next begins."""
-    host, _, port = address.rpartition(":")
-    if address and not (host and port.isdigit()):
-        raise StudyError(f"params.yaml: tune.chief {address!r} is no address: write host:port, or nothing")
-    told = {"KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": str(int(port or 0) + number),
-            "KERASTUNER_TUNER_ID": f"worker-{platform.node()}-{os.getpid()}" if worker else "chief"} if address else {}
+    told = {}
+    if address:
+        host, port = _parts(address)
+        told = {"KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": str(port + number),
+                "KERASTUNER_TUNER_ID": f"worker-{platform.node()}-{os.getpid()}" if worker else "chief"}
     os.environ.update(told)
     try:
         yield

@@ -42,11 +42,11 @@ class Project:
         file.write_text(yaml.safe_dump(content, sort_keys=False))
 
     def results(self) -> dict[str, str]:
-        """What the study found, bit by bit: every table, metric and prediction, not the timings and what is advised by them."""
+        """What the study found, bit by bit: every table, metric and prediction, not what a clock measured and what is advised by it."""
         reports = self.folder / "reports/smoke"
         files = [self.folder / "data/manifest.csv", *sorted(reports.rglob("*.csv")), *sorted((reports / "comparison").glob("*.json"))]
         return {str(f.relative_to(self.folder)): hashlib.sha256(untimed(f)).hexdigest() for f in files
-                if f.parent.name not in ("cost", "recommendation")}
+                if f.parent.name not in ("cost", "recommendation", "export")}
 
 
 def untimed(file: Path) -> bytes:
@@ -149,7 +149,7 @@ def test_same_seed_same_numbers_bit_for_bit(project):
     before = project.results()
     project.run("dvc", "repro", "--force", "--single-item", "train@inceptionv3")  # the other stages were repeated when they had been killed
     assert project.results() == before
-    assert project.ran() == [], "what depends on the repeated stages has nothing new to read"
+    assert set(project.ran()) <= {"cost", "paper", "report"}, "only what tells of seconds has something new to read"
     predictions = project.folder / "reports/smoke/networks/resnet50/predictions.csv"
     first = pd.read_csv(predictions)
     project.params(lambda p: p.update(seed=1))

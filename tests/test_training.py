@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from deeptumornet.dicom import window
-from deeptumornet.features import Kept, cut
+from deeptumornet.features import Kept, cut, forward, slice_dataset
 from deeptumornet.groups import split
 from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.preprocessing import prepare
@@ -171,6 +171,8 @@ def test_the_same_slice_has_the_same_features_whatever_stands_beside_it(study, t
     files = sorted(study.slices.glob("*.png"))
     alone, together = Kept(lower, tmp_path / "alone")(files[7:8])[0], Kept(lower, tmp_path / "together")(files)[0]
     assert (alone[0] == together[7]).all()
+    batch = next(iter(slice_dataset(files)))
+    assert (forward(lower, 1)(batch).numpy() == forward(lower, 10**6)(batch).numpy()).all(), "traced or not"
 
 
 @settings(max_examples=30, deadline=None)
@@ -255,7 +257,11 @@ def test_chief_and_workers_of_keras_tuner_share_the_trials(study, trained, tmp_p
     while len(runs("tune ")) < 2 and time.monotonic() - waited < 120:  # the chief comes last, or a quick worker does all of the work
         time.sleep(0.5)
     processes.append(deeptumornet("run", "07_tuning"))
-    said = [process.communicate()[1] for process in processes]
+    try:
+        said = [process.communicate(timeout=400)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0, 0], [text[-1500:] for text in said]
     trials = pd.read_csv(study.report("tuning", "trials.csv"))
     assert trials.groupby("search").size().to_dict() == {"random": 5, "bayesian": 5}

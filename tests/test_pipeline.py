@@ -139,7 +139,7 @@ def test_kill_9_then_repro(project, stage):
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     time.sleep(2)
-    project.run("dvc", "repro")
+    project.run("dvc", "repro", stage)
     assert project.results() == before
     half = [p for p in (project.folder / "reports").rglob("*") if p.name.startswith(".")]
     assert all(p.is_dir() and p.name.count(".") > 1 for p in half), "only the temporary folder of the killed stage may be left"
@@ -150,8 +150,3 @@ def test_same_seed_same_numbers_bit_for_bit(project):
     project.run("dvc", "repro", "--force", "--single-item", "train@inceptionv3")  # the other stages were repeated when they had been killed
     assert project.results() == before
     assert set(project.ran()) <= {"cost", "paper", "report"}, "only what tells of seconds has something new to read"
-    predictions = project.folder / "reports/smoke/networks/resnet50/predictions.csv"
-    first = pd.read_csv(predictions)
-    project.params(lambda p: p.update(seed=1))
-    project.run("dvc", "repro", "train@resnet50")
-    assert not first.equals(pd.read_csv(predictions))

@@ -105,7 +105,13 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None) -> N
         process = subprocess.Popen([sys.executable, "-m", "gunicorn", *words, "--no-control-socket", "deeptumornet.serving:create_app()"])
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: process.terminate())
-        if code := process.wait():
+        card, seen = folder / "card.json", (folder / "card.json").stat()
+        while (code := process.poll()) is None:
+            time.sleep(0.5)
+            if card.is_file() and ((now := card.stat()).st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+                seen = now
+                process.send_signal(signal.SIGHUP)
+        if code:
             raise StudyError(f"the service ended with code {code}; what it printed says why")
 
 # %% ../nbs/13_commands.ipynb #c018
@@ -130,6 +136,9 @@ def parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("monitor", help="drift and performance of the service's prediction log: report, gauges, whether to retrain")
     watch.add_argument("--log", required=True, help="the prediction log: a SQLAlchemy URL or an SQLite file")
     watch.add_argument("--to", type=Path, default=Path("monitoring"), help="the folder for drift.html and drift.prom")
+    again = commands.add_parser("retrain", help="train a challenger with the slices that feedback verified; it becomes champion only if not inferior")
+    again.add_argument("--log", required=True, help="the prediction log, as for monitor")
+    again.add_argument("--slices", type=Path, required=True, help="the folder where the site keeps the slices it asked about")
     commands.add_parser("rollback", help="bring back the champion before the last promotion")
     predict = commands.add_parser("predict", help="what the exported model says about PNG, JPEG or DICOM slices")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE")
@@ -154,14 +163,23 @@ def main(words: list[str] | None = None) -> int:
             print(run_stage(arguments.notebook, arguments.profile))
         elif arguments.command == "monitor":
             from deeptumornet.monitoring import monitor
+            from deeptumornet.retraining import reference
 
-            study = open_study()
-            found = monitor(study.champion, study.report("monitoring", "reference.csv"), arguments.log, arguments.to, study["monitor"]["alpha"])
+            study, champion = open_study(), exported(None)
+            found = monitor(champion, reference(study, champion), arguments.log, arguments.to, study["monitor"]["alpha"])
             print(f"{'retrain' if found['retrain'] else 'keep'}: {found['why']}")
         elif arguments.command == "rollback":
-            from deeptumornet.retraining import rollback
+            from deeptumornet.retraining import crown, rollback
 
-            print(f"the champion is {rollback(open_study().champion)} again")
+            study = open_study()
+            crown(study, version := rollback(exported(None)))
+            print(f"the champion is {version} again")
+        elif arguments.command == "retrain":
+            from deeptumornet.retraining import retrain
+
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+            found = retrain(open_study(), exported(None), arguments.log, arguments.slices)
+            print(f"{'a new champion' if found['passes'] else 'the champion stays'}: {found['why']}; {found['used']} of {found['joined']} verified slices used")
         elif arguments.command == "report":
             from deeptumornet.report import report
 

@@ -34,7 +34,7 @@ class LogError(StudyError):
 
 # %% auto #0
 __all__ = ['STATISTICS', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'LogError', 'image_statistics', 'now', 'connect',
-           'PredictionLog', 'read_log', 'add_feedback']
+           'PredictionLog', 'read_log', 'verified', 'add_feedback']
 
 # %% ../nbs/12a_log.ipynb #c006
 STATISTICS = ("mean", "std", "sharpness", "dark")
@@ -219,14 +219,18 @@ class PredictionLog:
         return gone
 
 # %% ../nbs/12a_log.ipynb #c011
+def _there(address: str | Path) -> None:
+    url = _url(address)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise StudyError(f"there is no prediction log {address}: start the service with DEEPTUMORNET_PREDICTION_LOG set to it")
+
+
 def read_log(address: str | Path, version: str, positive: str) -> pd.DataFrame:
     """The predictions of the model `version`, oldest first: `id`, `time`, the STATISTICS, `probability` of `positive`, `decided_label` the
     latest feedback's label, or None.
 
     Raises StudyError where the database is missing or is no prediction log."""
-    url = _url(address)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        raise StudyError(f"there is no prediction log {address}: start the service with DEEPTUMORNET_PREDICTION_LOG set to it")
+    _there(address)
     with connect(address) as database:
         rows = database.execute(sa.select(PREDICTIONS).where(PREDICTIONS.c.version == version)
                                 .order_by(PREDICTIONS.c.time, PREDICTIONS.c.id)).mappings().all()
@@ -235,6 +239,14 @@ def read_log(address: str | Path, version: str, positive: str) -> pd.DataFrame:
                            "decided_label": said.get(r["id"])} for r in rows],
                          columns=["id", "time", *STATISTICS, "probability", "decided_label"])
     return table.astype({k: float for k in (*STATISTICS, "probability")})
+
+
+def verified(address: str | Path) -> dict[str, str]:
+    "The latest label that feedback gave each picture, by image_id, whichever model was asked. Raises StudyError as `read_log` does."
+    _there(address)
+    with connect(address) as database:
+        return dict(database.execute(sa.select(PREDICTIONS.c.image_id, FEEDBACK.c.label).join(FEEDBACK, PREDICTIONS.c.id == FEEDBACK.c.id)
+                                     .order_by(FEEDBACK.c.number)).all())
 
 # %% ../nbs/12a_log.ipynb #c020
 def add_feedback(app: Flask, classes: list[str]) -> None:

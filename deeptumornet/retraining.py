@@ -7,22 +7,39 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
+from PIL import Image
 
+from .collection import catalogue
+from .controls import altered
 from .export import Engine
-from .log import now
-from .metrics import group_weights, weighted_auc
-from .study import StudyError, atomic, read_json, write_json
+from .groups import assert_no_leak
+from .log import now, verified
+from .metrics import group_weights, summarise, weighted_auc
+from .monitoring import html_report, statistics_table
+from .preprocessing import complete, examine, load_manifest, read_slice
+from .study import Study, StudyError, atomic, open_study, progress, read_json, run_notebook, write_csv, write_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 MARGIN = 0.05
 "The challenger's AUC may lie so far under the champion's at most, at the lower end of the 95 % interval of their difference"
 
 # %% auto #0
-__all__ = ['MARGIN', 'not_inferior', 'promote', 'rollback']
+__all__ = ['MARGIN', 'NAME', 'WORKSPACE', 'not_inferior', 'promote', 'rollback', 'gather', 'join', 'challenge', 'reference',
+           'register', 'registered', 'crown', 'retrain']
 
 # %% ../nbs/12c_retraining.ipynb #c006
 def not_inferior(champion: pd.DataFrame, challenger: pd.DataFrame, positive: str, margin: float = MARGIN, draws: int = 2000, seed: int = 0) -> dict:
@@ -45,53 +62,247 @@ def not_inferior(champion: pd.DataFrame, challenger: pd.DataFrame, positive: str
                                      f"{a['group'].nunique()} groups: {'not inferior' if passes else 'it may be worse'} by the margin of {margin}"}
 
 # %% ../nbs/12c_retraining.ipynb #c010
+def _keep(folder: Path, champions: Path) -> Path:
+    "A copy of the exported `folder` under `champions`, named by its version"
+    kept = champions / read_json(folder / "card.json")["version"]
+    if not kept.is_dir():
+        with atomic(kept) as temporary:
+            shutil.copytree(folder, temporary)
+    return kept
+
+
 def _replace(champion: Path, source: Path, why: str) -> str:
-    kept, version = champion.parent / "champions", Engine(source).card["version"]
-    kept.mkdir(exist_ok=True)
-    history = read_json(kept / "history.json") if (kept / "history.json").is_file() else []
-    old = read_json(champion / "card.json")["version"] if (champion / "card.json").is_file() else None
-    for folder, name in ((champion, old), (source, version)):
-        if name and not (kept / name).is_dir():
-            with atomic(kept / name) as temporary:
-                shutil.copytree(folder, temporary)
+    champions = champion.parent / "champions"
+    old = _keep(champion, champions).name if (champion / "card.json").is_file() else None
+    Engine(source)
+    new, past = _keep(source, champions), champions / "history.json"
+    Engine(new)
+    write_json(past, [*(read_json(past) if past.is_file() else []), {"time": now(), "from": old, "to": new.name, "why": why}])
     with atomic(champion) as temporary:
-        shutil.copytree(kept / version, temporary)
-    write_json(kept / "history.json", [*history, {"time": now(), "from": old, "to": version, "why": why}])
-    return version
+        shutil.copytree(new, temporary)
+    return new.name
 
 
-def _alone(champion: Path) -> FileLock:
+@contextmanager
+def _alone(lock: Path, what: str) -> Iterator[None]:
+    held = FileLock(lock)
     try:
-        return FileLock(champion.parent / ".champion.lock", timeout=0).acquire().lock
+        held.acquire(timeout=0)
     except Timeout:
-        raise StudyError("another promotion or rollback is at work on this champion: wait for it and try again") from None
+        raise StudyError(f"another {what} is at work here: wait until it has ended and try again") from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def promote(champion: Path, challenger: Path, compared: dict) -> str:
-    """Make the exported folder `challenger` the champion; its version. Raises StudyError, and changes nothing, where `compared` (from
-    `not_inferior`) did not pass, a file is missing or altered, its input or classes are not the champion's, or another change is at work."""
+    """Make the exported folder `challenger` the champion; its version. Raises StudyError, and changes nothing, where `compared` did not pass or
+    was `against` another champion than the present one, a file is missing or altered, the classes are not the champion's, or another change is at work."""
     if not compared["passes"]:
         raise StudyError(f"{compared['why']}: the champion stays")
-    lock = _alone(champion)
-    try:
+    with _alone(champion.parent / ".champion.lock", "promotion or rollback"):
         new, old = Engine(challenger).card, Engine(champion).card
+        if compared["against"] != old["version"]:
+            raise StudyError(f"the challenger was compared with {compared['against']}, and the champion is {old['version']} now: compare it again")
         for key in ("classes", "positive"):
             if new[key] != old[key]:
                 raise StudyError(f"the challenger's {key} {new[key]} are not the champion's {old[key]}: the champion stays")
         return _replace(champion, challenger, compared["why"])
-    finally:
-        lock.release()
 
 
 def rollback(champion: Path) -> str:
     """Bring back the champion before the last promotion; its version. Raises StudyError where there is none, or its files are gone or altered."""
-    lock = _alone(champion)
-    try:
+    with _alone(champion.parent / ".champion.lock", "promotion or rollback"):
         past = champion.parent / "champions" / "history.json"
         now_is = read_json(champion / "card.json")["version"] if (champion / "card.json").is_file() else None
         before = [step["from"] for step in read_json(past) if step["to"] == now_is and step["from"] and step["why"] != "rollback"] if past.is_file() else []
         if not before:
             raise StudyError(f"no earlier champion is kept beside {os.fspath(champion)}: there is nothing to go back to")
         return _replace(champion, champion.parent / "champions" / before[-1], "rollback")
-    finally:
-        lock.release()
+
+# %% ../nbs/12c_retraining.ipynb #c013
+def gather(log: str | Path, kept: Path, folder: Path, classes: list[str]) -> int:
+    """Write the slices of the folder `kept` whose pixels have a label in the feedback of `log` to `folder`/<label>/<image_id>.png, each in one
+    place also when its label was corrected; how many lie there. Raises StudyError where there are none, and for a label of no class."""
+    truth = verified(log)
+    if strange := set(truth.values()) - set(classes):
+        raise StudyError(f"feedback names {', '.join(sorted(strange))}, and the study's classes are {', '.join(classes)}: correct the feedback")
+    for path in progress(sorted(p for p in kept.rglob("*") if p.is_file()), "slices"):
+        try:
+            found = read_slice(path, path.name)
+        except StudyError:
+            continue  # what is no slice was not answered, and so not verified
+        if found.image_id in truth:
+            target = folder / truth[found.image_id] / f"{found.image_id}.png"
+            for old in set(folder.glob(f"*/{target.name}")) - {target}:
+                old.unlink()
+            with atomic(target) as temporary:
+                Image.fromarray(found.pixels).save(temporary, "PNG")
+    count = len(list(folder.glob("*/*.png")))
+    if not count:
+        raise StudyError(f"no slice in {kept} has feedback in the log: keep slices that the service answered for, and label some")
+    return count
+
+
+def join(study: Study, folder: Path, target: Study) -> pd.DataFrame:
+    """Give the workspace of `target` the data of `study` and the slices under `folder`/<label>; the new manifest, whose old rows are as they were.
+    The new rows have source `feedback` and split `train`, or are excluded with a reason. Raises StudyError where all of them are."""
+    old = load_manifest(study.need(study.manifest, "02_preprocessing"))
+    before = pd.read_csv(study.catalogue, dtype=str, keep_default_na=False)
+    for link, place in ((target.raw, study.raw), (target.workspace / "data" / "feedback", folder)):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(place.resolve(), target_is_directory=True)
+    joined = pd.concat([before, catalogue(folder, study.classes, "feedback", prefix="data/feedback", known={})], ignore_index=True)
+    write_csv(target.catalogue, joined)
+    with atomic(target.slices) as slices:
+        slices.mkdir()
+        seen, _, fields = examine(joined, target.workspace, study["preprocess"], study.settings["quality"], slices)
+    table = complete(seen, fields, study["preprocess"])
+    new = table.iloc[len(old):].assign(split="", fold="")
+    for place, row in new[new["status"] == "kept"].iterrows():
+        near = old[(table["group"].iloc[:len(old)] == row["group"]).to_numpy() & (old["status"] == "kept").to_numpy()]
+        if near["group"].nunique() > 1 or near["split"].isin(["test", "validation"]).any():
+            new.loc[place, ["status", "reason"]] = ["excluded", "feedback: it is too like slices of the hold-out or validation, or of two groups"]
+        else:
+            first = near.iloc[0] if len(near) else {"group": row["group"], "fold": str(place % study["preprocess"]["folds"])}
+            new.loc[place, ["group", "split", "fold"]] = [first["group"], "train", first["fold"]]
+    fresh = new[new["status"] == "kept"]
+    if fresh.empty:
+        raise StudyError(f"none of {len(new)} verified slices can teach ({new['reason'].iloc[0]}): verify others")
+    new.loc[fresh.index, "fold"] = fresh.groupby("group")["fold"].transform("first")
+    manifest = pd.concat([old, new[old.columns]], ignore_index=True)
+    assert_no_leak(manifest)
+    write_csv(target.manifest, manifest)
+    return manifest
+
+# %% ../nbs/12c_retraining.ipynb #c015
+def _asked(engine: Engine, rows: pd.DataFrame, pictures: Callable[[pd.DataFrame], np.ndarray]) -> np.ndarray:
+    "The calibrated probability of the positive class (n,) for `rows` of a manifest, whose prepared slices `pictures` gives, 32 at a time"
+    positive = engine.card["classes"].index(engine.card["positive"])
+    return np.concatenate([engine.predict(pictures(rows.iloc[k:k + 32]))[0][:, positive] for k in range(0, len(rows), 32)])
+
+
+def _prepared(study: Study) -> Callable[[pd.DataFrame], np.ndarray]:
+    return lambda rows: np.stack([np.asarray(Image.open(study.slices / f"{name}.png")) for name in rows["image_id"]])
+
+
+def challenge(study: Study, champion: Path, margin: float = MARGIN) -> dict:
+    """`not_inferior` of the exported model in the workspace of `study`, the challenger, to that in the folder `champion`, on the hold-out there,
+    with the controls: `blind` is the challenger's AUC with the lungs blacked out, `against` the champion's version. Raises StudyError where
+    a file is missing or altered, or the two look at slices of another kind."""
+    old, new, manifest = Engine(champion), Engine(study.champion), load_manifest(study.manifest)
+    if old.card["input"] != new.card["input"]:
+        raise StudyError(f"the challenger looks at {new.card['input']}, the champion at {old.card['input']}: they cannot be compared on one hold-out")
+    held = manifest[(manifest["status"] == "kept") & (manifest["split"] == "test")]
+    positive = new.card["positive"]
+    answers = [held[["image_id", "group", "label"]].assign(**{f"p_{positive}": _asked(engine, held, _prepared(study))}) for engine in (old, new)]
+    found = not_inferior(*answers, positive, margin, seed=study.seed)
+    seen = held[~held["flags"].str.contains("lungs")]
+    p = _asked(new, seen, lambda rows: altered(study, rows, "lungs blacked out"))
+    blind = summarise(seen["label"] == positive, p, seen["group"], 0.5, 2000, study.seed, positive)["auc"]
+    auc, baseline, faults = new.card["metrics"]["auc"]["value"], new.card["baseline"], []
+    if auc <= baseline["auc"]["value"]:
+        faults.append(f"its AUC of {auc:.3f} is not over the baseline {baseline['name']}'s {baseline['auc']['value']:.3f}")
+    if blind["low"] is not None and blind["low"] > 0.5:
+        faults.append(f"with the lungs blacked out its AUC is still {blind['value']:.3f} ({blind['low']:.3f} to {blind['high']:.3f})")
+    return found | {"against": old.card["version"], "blind": blind["value"], "passes": found["passes"] and not faults, "why": "; ".join([found["why"], *faults])}
+
+
+def reference(study: Study, champion: Path) -> Path:
+    "What `deeptumornet monitor` compares the rows of the exported model `champion` with: the table kept at its promotion, or that of the study"
+    card = champion / "card.json"
+    kept = champion.parent / "references" / f"{read_json(card)['version'] if card.is_file() else ''}.csv"
+    return kept if kept.is_file() else study.report("monitoring", "reference.csv")
+
+# %% ../nbs/12c_retraining.ipynb #c017
+NAME = "deeptumornet"
+
+
+def _client(study: Study) -> MlflowClient:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    with FileLock(study.workspace / ".mlflow.lock"):
+        client = MlflowClient(f"sqlite:///{study.workspace / 'mlflow.db'}")
+        try:
+            client.get_registered_model(NAME)
+        except MlflowException:
+            client.create_registered_model(NAME)
+    return client
+
+
+def register(study: Study, folder: Path, found: dict) -> str:
+    "Enter the exported `folder` in the registry of the workspace, with what was `found` as tags; the number of the entry, also where it is there already"
+    client, card = _client(study), read_json(folder / "card.json")
+    for entry in client.search_model_versions(f"name = '{NAME}'"):
+        if entry.tags.get("version") == card["version"]:
+            return str(entry.version)
+    tags = {"version": card["version"], "network": card["network"], **{k: str(v) for k, v in found.items()}}
+    return str(client.create_model_version(NAME, folder.resolve().as_uri(), tags=tags).version)
+
+
+def registered(study: Study, entry: str) -> Path:
+    "The exported folder of the `entry` (its number) in the registry. Raises StudyError where there is none, or the folder is gone."
+    from mlflow.exceptions import MlflowException
+
+    try:
+        folder = Path(url2pathname(urlsplit(_client(study).get_model_version(NAME, entry).source).path))
+    except MlflowException:
+        raise StudyError(f"the registry in {study.workspace / 'mlflow.db'} has no entry {entry} of {NAME}: see them with `make mlflow`") from None
+    if not (folder / "card.json").is_file():
+        raise StudyError(f"entry {entry} of the registry lies in {folder}, which is gone: put it back, or retrain")
+    return folder
+
+
+def crown(study: Study, version: str) -> None:
+    "Give the registry's alias `champion` to the entry of the model `version`, where it has one"
+    client = _client(study)
+    for entry in client.search_model_versions(f"name = '{NAME}'"):
+        if entry.tags.get("version") == version:
+            client.set_registered_model_alias(NAME, "champion", entry.version)
+
+# %% ../nbs/12c_retraining.ipynb #c020
+WORKSPACE = ".retraining"
+
+
+def retrain(study: Study, champion: Path, log: str | Path, kept: Path) -> dict:
+    """Join the verified slices of the folder `kept` to the data, train and export a challenger in WORKSPACE, challenge, register, and make it
+    the `champion` where it passes; what `challenge` found, with how many slices are `joined` and `used`, and the registry's `entry`, as is
+    told in WORKSPACE/retraining.html.
+
+    Raises StudyError where another retraining is at work, nothing is verified, or a notebook fails; the champion is as it was then."""
+    for path in (champion / "card.json", study.manifest):
+        if not path.is_file():
+            raise StudyError(f"{path} is missing: run `make study` first")
+    with _alone(study.workspace / ".retraining.lock", "retraining"):
+        feedback, target = study.workspace / "feedback", open_study(study.profile, study.workspace / WORKSPACE, study.root)
+        with _alone(champion.parent / ".champion.lock", "promotion or rollback"):
+            Engine(champion)
+            register(study, _keep(champion, champion.parent / "champions"), {})
+        joined = gather(log, kept, feedback, study.classes)
+        if (study.workspace / ".dvc").is_dir():
+            done = subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", "feedback"], cwd=study.workspace, capture_output=True, text=True)
+            if done.returncode:
+                raise StudyError(f"DVC did not take the feedback as a new version ({done.stderr.strip().splitlines()[-1]}): correct that and retrain")
+        manifest = join(study, feedback, target)
+        for notebook in (*study.networks.values(), "07_tuning", "07a_finetuning", "08_comparison", "10_export"):
+            run_notebook(notebook, study.profile, target.workspace, study.root)
+        found = challenge(target, champion)
+        mine = manifest[manifest["source"] == "feedback"]
+        found |= {"joined": joined, "used": int((mine["status"] == "kept").sum())}
+        kept_as = champion.parent / "challengers" / read_json(target.champion / "card.json")["version"]
+        with atomic(kept_as) as temporary:
+            shutil.copytree(target.champion, temporary)
+        known = manifest[manifest["split"] == "validation"].drop_duplicates("group")
+        engine = Engine(kept_as)
+        write_csv(champion.parent / "references" / f"{kept_as.name}.csv", statistics_table(_prepared(target)(known), _asked(engine, known, _prepared(target))))
+        found["entry"] = register(study, kept_as, found)
+        fate = mine["reason"].where(mine["status"] == "excluded", "used for training").str.replace(r"copy of .*", "copy of another slice", regex=True)
+        html_report(target.workspace / "retraining.html", "Retraining", f"{'A new champion' if found['passes'] else 'The champion stays'}: {found['why']}.",
+                    {"Compared": pd.DataFrame([{k: v for k, v in found.items() if k != "why"}]),
+                     "Verified slices": fate.value_counts().rename_axis("fate").reset_index(name="slices")})
+        if found["passes"]:
+            crown(study, promote(champion, registered(study, found["entry"]), found))
+    return found

@@ -8,18 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .study import StudyError, open_study, project_root, run_notebook
 
 # %% auto #0
-__all__ = ['AUDITED', 'THREADS', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'serve', 'parser', 'main']
+__all__ = ['AUDITED', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'serve', 'parser',
+           'main']
 
 # %% ../nbs/13_commands.ipynb #c006
 def _end_with_parent(parent: int) -> None:
@@ -89,30 +92,63 @@ def predict_files(files: list[Path], champion: Path | None = None) -> list[dict]
 # %% ../nbs/13_commands.ipynb #c016
 THREADS = 64
 "Requests that one process may have open: twice `serving.MOST_AT_ONCE`, so that those beyond it are told so at once"
+SLOWEST = 30.0
+"Seconds that a client may take to send its request"
 
 
-def serve(host: str, port: int, workers: int, champion: Path | None = None) -> None:
-    "Serve the exported model at `host`:`port` in so many processes until a signal ends it. StudyError where there is no exported model."
+def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs: Path | None = None) -> None:
+    """Serve the exported model at `host`:`port` in so many processes, with the file `jobs` for large batches, until a signal ends this one.
+    StudyError where there is no exported model."""
+    from gunicorn.app.base import BaseApplication
+    from gunicorn.errors import AppImportError
+    from gunicorn.workers.gthread import ThreadWorker
+
     folder = exported(champion).resolve()
     if not (folder / "card.json").is_file():
         raise StudyError(f"there is no exported model in {folder}: run `make study` first")
-    os.environ["DEEPTUMORNET_CHAMPION"] = str(folder)
-    with tempfile.TemporaryDirectory() as shared:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
-        options = {"bind": f"{host}:{port}", "workers": workers, "worker-class": "gthread", "threads": THREADS, "graceful-timeout": 60,
-                   "timeout": 60, "keep-alive": 5, "backlog": 512}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        process = subprocess.Popen([sys.executable, "-m", "gunicorn", *words, "--no-control-socket", "deeptumornet.serving:create_app()"])
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: process.terminate())
-        card, seen = folder / "card.json", (folder / "card.json").stat()
-        while (code := process.poll()) is None:
+    if jobs:
+        os.environ["DEEPTUMORNET_JOBS"] = str(jobs.resolve())
+    shared = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
+
+    class Worker(ThreadWorker):
+        def handle(self, conn):
+            def read_no_more() -> None:
+                with suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RD)
+            late = threading.Timer(SLOWEST, read_no_more)
+            late.start()
+            try:
+                return super().handle(conn)
+            finally:
+                late.cancel()
+
+    class Service(BaseApplication):
+        def load_config(self) -> None:
+            options = {"bind": f"{host}:{port}", "workers": workers, "worker_class": Worker, "threads": THREADS, "graceful_timeout": 60,
+                       "timeout": 60, "keepalive": 0, "backlog": 512, "control_socket_disable": True, "on_exit": lambda _: shutil.rmtree(shared)}
+            for name, value in options.items():
+                self.cfg.set(name, value)
+
+        def load(self):  # in each process, after the fork
+            import click
+
+            from deeptumornet.serving import create_app
+            try:
+                return create_app(folder)
+            except click.ClickException as error:
+                raise AppImportError(f"deeptumornet: {error.message}") from error
+
+    def watch() -> None:
+        card = folder / "card.json"
+        seen = card.stat()
+        while True:
             time.sleep(0.5)
             if card.is_file() and ((now := card.stat()).st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
                 seen = now
-                process.send_signal(signal.SIGHUP)
-        if code:
-            raise StudyError(f"the service ended with code {code}; what it printed says why")
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    threading.Thread(target=watch, daemon=True).start()
+    Service().run()
 
 # %% ../nbs/13_commands.ipynb #c018
 def parser() -> argparse.ArgumentParser:
@@ -146,6 +182,7 @@ def parser() -> argparse.ArgumentParser:
     service.add_argument("--host", default="127.0.0.1")
     service.add_argument("--port", type=int, default=5000)
     service.add_argument("--workers", type=int, default=2, help="processes")
+    service.add_argument("--jobs", type=Path, metavar="FILE", help="keep large batches here as jobs, slices included, until they are answered")
     for command in (predict, service):
         command.add_argument("--champion", type=Path, help="the folder of the exported model; default: models/champion of the project")
     for command in (audit, outside, predict):
@@ -188,7 +225,7 @@ def main(words: list[str] | None = None) -> int:
         elif arguments.command == "worker":
             print(f"{work()} trials were worked off")
         elif arguments.command == "serve":
-            serve(arguments.host, arguments.port, arguments.workers, arguments.champion)
+            serve(arguments.host, arguments.port, arguments.workers, arguments.champion, arguments.jobs)
         elif arguments.command == "predict":
             said = predict_files(arguments.files, arguments.champion)
             lines = [f"{one['file']}: {one['error']}" if "error" in one else

@@ -11,26 +11,28 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import struct
 import threading
 import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 
 import click
 import numpy as np
-from flask import Flask, Request, Response, g, jsonify, request
+from flask import Flask, Request, Response, abort, g, jsonify, request
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
+    Conflict,
     HTTPException,
     InternalServerError,
     RequestEntityTooLarge,
@@ -44,16 +46,18 @@ from werkzeug.exceptions import (
 from . import __version__
 from .dicom import describe, is_dicom
 from .export import Engine
+from .jobs import Jobs
 from .log import STATISTICS, PredictionLog, add_feedback, image_statistics
 from .preprocessing import Slice, read_slice
 from .quality import failed, measure
 from .study import StudyError, project_root
 
 # %% auto #0
-__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'LARGEST_SHOWN', 'PUBLIC', 'MARKS', 'HEADERS', 'TENSORS',
-           'MOST_AT_ONCE', 'kind', 'read_upload', 'unpacked', 'overlay', 'data_url', 'answer', 'cautions', 'seen',
-           'open_engine', 'body', 'uploaded', 'wished', 'checked', 'document', 'problem', 'items', 'answered',
-           'series_answer', 'tensor', 'Gate', 'create_app']
+__all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'MOST_IN_JOB', 'LARGEST_UNPACKED', 'LARGEST_SHOWN', 'PUBLIC',
+           'MARKS', 'HEADERS', 'TENSORS', 'MOST_AT_ONCE', 'MANY', 'kind', 'read_upload', 'unpacked', 'overlay',
+           'data_url', 'answer', 'cautions', 'seen', 'open_engine', 'body', 'received', 'uploaded', 'wished', 'checked',
+           'told', 'document', 'problem', 'items', 'answered', 'work_off', 'series_answer', 'tensor', 'Gate',
+           'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
 UPLOAD = "the uploaded file"
@@ -64,6 +68,10 @@ LARGEST_BATCH = 128 * 2**20
 "Bytes of a request with many slices at most"
 MOST_ITEMS = 512
 "Slices in one request at most"
+MOST_IN_JOB = 10_000
+"Slices in one job at most"
+LARGEST_UNPACKED = 512 * 2**20
+"Bytes of all slices of one request at most, unpacked"
 
 
 def kind(data: bytes) -> str:
@@ -86,17 +94,17 @@ def read_upload(data: bytes) -> Slice:
         raise StudyError(re.sub(r" \(.*\):", ":", said) if is_dicom(data[:132]) else said) from None
 
 # %% ../nbs/11_serving.ipynb #c011
-def unpacked(archive: bytes) -> Iterator[bytes | StudyError]:
+def unpacked(archive: bytes, most: int = MOST_ITEMS) -> Iterator[bytes | StudyError]:
     """The content of each file in a zip `archive`, in its order, or the StudyError why it is not read.
 
-    Raises StudyError where the archive itself cannot be read or has over MOST_ITEMS files."""
+    Raises StudyError where the archive itself cannot be read or has over `most` files."""
     try:
         opened = zipfile.ZipFile(BytesIO(archive))
     except Exception as error:
         raise StudyError("the archive is damaged or cut short: pack it again") from error
     entries = [entry for entry in opened.infolist() if not entry.is_dir()]
-    if len(entries) > MOST_ITEMS:
-        raise StudyError(f"the archive holds {len(entries)} files, {MOST_ITEMS} at most: send it in parts")
+    if len(entries) > most:
+        raise StudyError(f"the archive holds {len(entries)} files, {most} at most: send it in parts")
     for entry in entries:
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or ":" in parts[0]:
@@ -142,6 +150,7 @@ def data_url(picture: Image.Image) -> str:
 PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
+_AT_WORK = threading.Semaphore(2)  # one slice is read while another is in the engine; more would share the same cores, and each would end later
 
 
 def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
@@ -150,9 +159,10 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    found = Slice(data, "pixels", "L") if isinstance(data, np.ndarray) else read_upload(data)
-    prepared, place = engine.prepare(found.pixels)
-    probabilities, heat = engine.predict(prepared[None])
+    with _AT_WORK:
+        found = Slice(data, "pixels", "L") if isinstance(data, np.ndarray) else read_upload(data)
+        prepared, place = engine.prepare(found.pixels)
+        probabilities, heat = engine.predict(prepared[None])
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {
@@ -222,7 +232,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_DETAILS = {404: "there is nothing at this address: the page is at /, the service at /api/v1/predict",
+_DETAILS = {400: "the request ended before all of it had come: send it again",
+            404: "there is nothing at this address: the page is at /, the service at /api/v1/predict",
             405: "this address does not take that method: see the header Allow",
             500: "the service met a defect: send the slice again, and tell the maintainers if it happens twice"}
 
@@ -233,17 +244,23 @@ class _InMemory(Request):
 
 
 def body() -> bytes:
-    "The request's body; RequestEntityTooLarge where one of undeclared length reaches the limit"
-    data = request.get_data(cache=False)
+    "The request's body; BadRequest where less came than was declared, RequestEntityTooLarge where one of undeclared length reaches the limit"
+    data = request.get_data()
+    if len(data) < (request.content_length or 0):
+        raise BadRequest()
     if request.content_length is None and len(data) >= request.max_content_length:
         raise RequestEntityTooLarge()
     return data
 
 
+def received() -> list:
+    "What the request brings, once all of it has come: the multipart fields `file`, or the body in a list"
+    return request.files.getlist("file") if request.mimetype == "multipart/form-data" else [body()]
+
+
 def uploaded() -> list[bytes]:
-    "The request's files: the multipart fields `file`, or the body; BadRequest where there are none, or empty ones"
-    form = request.mimetype == "multipart/form-data"
-    files = [field.read() for field in request.files.getlist("file")] if form else [body()]
+    "The request's files; BadRequest where there are none, or empty ones"
+    files = [one if isinstance(one, bytes) else one.read() for one in received()]
     if not files or not all(files):
         raise BadRequest("there is no file: send one as the multipart field `file` or as the request's body")
     return files
@@ -266,31 +283,49 @@ def checked(data: bytes | StudyError) -> bytes:
     return data
 
 
+def told(error: Exception) -> HTTPException:
+    "What a client may know of `error`. A defect is logged, without the exception's message, and says nothing."
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, StudyError):
+        return UnprocessableEntity(str(error))
+    logging.getLogger(__name__).error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return InternalServerError()
+
+
 def document(error: HTTPException) -> dict:
-    "The error as a problem document (RFC 9457), with the member `error` at addresses of the Open Inference Protocol"
+    "The error as a problem document (RFC 9457)"
     status = HTTPStatus(error.code)
-    most = (request.max_content_length or LARGEST_BODY) // 2**20
-    told = {**_DETAILS, 413: f"the request is larger than {most} MiB: send fewer or smaller slices"}
-    detail = told.get(error.code) or error.description
-    protocol = {"error": detail} if request.path.startswith("/v2") else {}  # where clients of the protocol look
-    return {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail, **protocol}
+    detail = error.description if "description" in vars(error) else _DETAILS.get(error.code, error.description)
+    return {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail}
 
 
 def problem(error: HTTPException) -> Response:
     "The error as application/problem+json, with the headers that belong to it"
     if error.code is None or error.code < 400:
         return error.get_response()
-    response = error.get_response()
-    response.data = json.dumps(document(error), ensure_ascii=False)
+    response, said = error.get_response(), document(error)
+    if error.code == 413:
+        said["detail"] = f"the request is larger than {request.max_content_length // 2**20} MiB: send fewer or smaller slices"
+    if request.path.startswith("/v2"):
+        said["error"] = said["detail"]  # where clients of the Open Inference Protocol look
+    response.data = json.dumps(said, ensure_ascii=False)
     response.content_type = "application/problem+json"
     return response
 
 # %% ../nbs/11_serving.ipynb #c024
-def items(files: list[bytes]) -> list[bytes | StudyError]:
-    "The slices in `files`, zip archives among them unpacked. Raises StudyError for an unreadable archive or over MOST_ITEMS slices."
-    found = [item for data in files for item in (unpacked(data) if data[:4] in (b"PK\3\4", b"PK\5\6") else [data])]
-    if not 0 < len(found) <= MOST_ITEMS:
-        raise StudyError(f"the request holds {len(found)} slices; send 1 to {MOST_ITEMS} at once")
+def items(files: list[bytes], most: int = MOST_ITEMS) -> list[bytes | StudyError]:
+    """The slices in `files`, zip archives among them unpacked. Raises StudyError for an unreadable archive, over `most` slices, or over
+    LARGEST_UNPACKED bytes."""
+    found, size = [], 0
+    for data in files:
+        for item in unpacked(data, most) if data[:4] in (b"PK\3\4", b"PK\5\6") else [data]:
+            found.append(item)
+            size += len(item) if isinstance(item, bytes) else 0
+            if size > LARGEST_UNPACKED:
+                raise StudyError(f"the request unpacks to more than {LARGEST_UNPACKED // 2**20} MiB: send it in parts")
+    if not 0 < len(found) <= most:
+        raise StudyError(f"the request holds {len(found)} slices; send 1 to {most} at once")
     return found
 
 
@@ -298,9 +333,21 @@ def answered(engine: Engine, place: int, item: bytes | StudyError, log: Predicti
     "What a batch says about one `item`: its `place`, a status, and the `prediction` or the `problem`"
     try:
         return {"item": place, "status": 200, "prediction": answer(engine, checked(item), False, log)}
-    except (StudyError, UnsupportedMediaType) as error:
-        failure = error if isinstance(error, HTTPException) else UnprocessableEntity(str(error))
+    except Exception as error:
+        failure = told(error)
         return {"item": place, "status": failure.code, "problem": document(failure)}
+
+
+def work_off(engine: Engine, jobs: Jobs, config: Mapping) -> None:
+    "Answer what waits in `jobs`, one slice after the other, for ever"
+    while True:
+        try:
+            while taken := jobs.take():
+                job, place, data = taken
+                jobs.settle(job, place, answered(engine, place, data, config["PREDICTION_LOG"]))
+        except sqlite3.Error as error:
+            logging.getLogger(__name__).error("the jobs cannot be worked off: %s", error)
+        time.sleep(0.5)
 
 
 def series_answer(engine: Engine, found: list[bytes | StudyError], log: PredictionLog | None) -> dict:
@@ -332,28 +379,35 @@ TENSORS = {"slices": ("UINT8", 3), "files": ("BYTES", 1)}
 "Inputs that `/infer` takes: datatype and number of dimensions"
 
 
-def tensor(data: bytes, json_length: int) -> tuple[dict, list[bytes | np.ndarray]]:
-    """The message in an inference request, whose first `json_length` bytes are JSON, and its slices: files or pixels (uint8, height × width).
+def tensor(data: bytes, json_length: str | None) -> tuple[dict, list[bytes | np.ndarray]]:
+    """The message in an inference request, whose first `json_length` bytes (None: all of them) are JSON, and its slices: files or pixels
+    (uint8, height × width).
 
     Raises BadRequest, with what is wrong, for anything that is not one tensor of TENSORS."""
     try:
-        message = json.loads(data[:json_length])
+        end = int(json_length or len(data))
+        message = json.loads(data[:end])
         (given,) = message["inputs"]
         datatype, dimensions = TENSORS[given["name"]]
         shape = [int(n) for n in given["shape"]]
         if given["datatype"] != datatype or len(shape) != dimensions or min(shape) < 1 or shape[0] > MOST_ITEMS:
             raise ValueError
-        raw = data[json_length:] if "binary_data_size" in (given.get("parameters") or {}) else None
+        raw = data[end:] if "binary_data_size" in (given.get("parameters") or {}) else None
         if datatype == "UINT8":
             flat = np.frombuffer(raw, np.uint8) if raw is not None else np.ravel(np.asarray(given["data"]))
             if not np.can_cast(flat.dtype, np.int64) or flat.min() < 0 or flat.max() > 255:
                 raise ValueError
             return message, list(flat.astype(np.uint8).reshape(shape))
-        files = [base64.b64decode(text, validate=True) for text in given["data"]] if raw is None else []
-        while raw:
-            (length,), raw = struct.unpack_from("<I", raw), raw[4:]
-            files, raw = [*files, raw[:length]], raw[length:]
-        if len(files) != shape[0]:
+        if raw is None:
+            if len(given["data"]) != shape[0]:
+                raise ValueError
+            return message, [base64.b64decode(text, validate=True) for text in given["data"]]
+        files, start = [], 0
+        for _ in range(shape[0]):
+            (length,) = struct.unpack_from("<I", raw, start)
+            files.append(raw[start + 4:start + 4 + length])
+            start += 4 + length
+        if start != len(raw):
             raise ValueError
         return message, files
     except Exception:
@@ -363,6 +417,8 @@ def tensor(data: bytes, json_length: int) -> tuple[dict, list[bytes | np.ndarray
 # %% ../nbs/11_serving.ipynb #c028
 MOST_AT_ONCE = 32
 "Requests that one process works on at once"
+MANY = {"/api/v1/batch": 2, "/api/v1/series": 2, "/api/v1/jobs": 1}
+"Requests with many slices that one process has in memory at once"
 
 
 class Gate:
@@ -371,7 +427,8 @@ class Gate:
 
     def __init__(self, tokens: list[str], rate: int):
         self.tokens, self.rate = [token.encode() for token in tokens], rate
-        self.slots, self._lock, self._minute, self._asked = threading.BoundedSemaphore(MOST_AT_ONCE), threading.Lock(), 0, {}
+        self.slots = {None: threading.BoundedSemaphore(MOST_AT_ONCE), **{path: threading.BoundedSemaphore(most) for path, most in MANY.items()}}
+        self._lock, self._minute, self._asked = threading.Lock(), 0, {}
 
     def check(self, header: str, address: str) -> None:
         "Raises Unauthorized or TooManyRequests for a request with this Authorization header from this address"
@@ -393,6 +450,7 @@ def create_app(champion: Path | str | None = None) -> Flask:
     """The service for the exported model in the folder `champion`; by default the one that DEEPTUMORNET_CHAMPION names,
     or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
     Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file);
+    DEEPTUMORNET_JOBS names the file of the jobs, which this process works off, too;
     DEEPTUMORNET_TOKENS (words) and DEEPTUMORNET_RATE (requests a minute and address) close the `Gate`.
 
     Raises click.ClickException, which `flask run` prints as its sentence, where there is no sound model or the log cannot be written."""
@@ -401,6 +459,7 @@ def create_app(champion: Path | str | None = None) -> Flask:
         engine = open_engine(folder)
         address = os.environ.get("DEEPTUMORNET_PREDICTION_LOG")
         log = PredictionLog(address) if address else None
+        jobs = Jobs(os.environ["DEEPTUMORNET_JOBS"]) if os.environ.get("DEEPTUMORNET_JOBS") else None
         rate = os.environ.get("DEEPTUMORNET_RATE") or "0"
         if not rate.isdecimal():
             raise StudyError(f"DEEPTUMORNET_RATE is {rate!r}, and not a number of requests a minute: set one, or 0 for any number")
@@ -421,20 +480,25 @@ def create_app(champion: Path | str | None = None) -> Flask:
 
     @app.before_request
     def admit() -> None:
-        g.start, g.slot = time.perf_counter(), False
+        g.start, g.slots = time.perf_counter(), []
         if request.path.startswith(("/api/", "/v2/models", "/metrics")) and request.path != "/api/v1/feedback":  # it has a token of its own
             gate.check(request.headers.get("Authorization", ""), request.remote_addr or "")
-        if request.method == "POST":
-            g.slot = gate.slots.acquire(blocking=False)
-            if not g.slot:
-                raise ServiceUnavailable("the service has as much in hand as it can do: come back in a second", retry_after=1)
-        if request.path in ("/api/v1/batch", "/api/v1/series", "/v2/models/deeptumornet/infer"):
-            request.max_content_length = LARGEST_BATCH
+        if request.method == "POST" and request.url_rule:
+            if request.path in MANY:
+                request.max_content_length = LARGEST_BATCH
+                enter(request.path)
+            received()  # all of it, before it takes up a slot: a slow client has none
+            enter(None)
+
+    def enter(slots: str | None) -> None:
+        if not gate.slots[slots].acquire(blocking=False):
+            raise ServiceUnavailable("the service has as much in hand as it can do: come back in a second", retry_after=1)
+        g.slots.append(slots)
 
     @app.teardown_request
     def leave(_: BaseException | None) -> None:
-        if g.pop("slot", False):
-            gate.slots.release()
+        for slots in g.pop("slots", []):
+            gate.slots[slots].release()
 
     @app.get("/")
     def page() -> Response:
@@ -459,6 +523,30 @@ def create_app(champion: Path | str | None = None) -> Flask:
     @app.post("/api/v1/batch")
     def batch() -> Response:
         return jsonify(items=[answered(engine, k, item, app.config["PREDICTION_LOG"]) for k, item in enumerate(items(uploaded()))])
+
+    @app.post("/api/v1/jobs")
+    def submit() -> Response:
+        found = [one if isinstance(one, bytes) else answered(engine, k, one, None) for k, one in enumerate(items(uploaded(), MOST_IN_JOB))]
+        job = waiting().submit(found)
+        return jsonify(waiting().progress(job)), 202, {"Location": f"/api/v1/jobs/{job}"}
+
+    @app.get("/api/v1/jobs/<job>")
+    def progress(job: str) -> Response:
+        return jsonify(waiting().progress(job) or abort(404))
+
+    @app.get("/api/v1/jobs/<job>/result")
+    def result(job: str) -> Response:
+        if (waiting().progress(job) or abort(404))["state"] != "done":
+            raise Conflict("the job is not done: ask again when its state is")
+        return jsonify(items=waiting().result(job))
+
+    @app.delete("/api/v1/jobs/<job>")
+    def cancel(job: str) -> Response:
+        waiting().cancel((waiting().progress(job) or abort(404))["id"])
+        return Response(status=204)
+
+    def waiting() -> Jobs:
+        return jobs or abort(404, "jobs keep their slices on disk until they are answered, and that was not asked for: start the service with --jobs FILE")
 
     @app.post("/api/v1/series")
     def series() -> Response:
@@ -501,25 +589,16 @@ def create_app(champion: Path | str | None = None) -> Flask:
 
     @app.post("/v2/models/deeptumornet/infer")
     def infer() -> Response:
-        data = body()
-        length = request.headers.get("Inference-Header-Content-Length", str(len(data)))
-        message, found = tensor(data, int(length) if length.isdecimal() else 0)
+        message, found = tensor(body(), request.headers.get("Inference-Header-Content-Length"))
         said = [answer(engine, checked(item) if isinstance(item, bytes) else item, False, app.config["PREDICTION_LOG"]) for item in found]
         flat = [p for one in said for p in one["probabilities"].values()]
         named = {"id": message["id"]} if isinstance(message.get("id"), str) else {}
         output = {"name": "probabilities", "datatype": "FP64", "shape": [len(said), len(engine.card["classes"])], "data": flat}
         return jsonify(model_name="deeptumornet", model_version=engine.card["version"], **named, outputs=[output])
 
-    @app.errorhandler(StudyError)
-    def unreadable(error: StudyError) -> Response:
-        return problem(UnprocessableEntity(str(error)))
-
     @app.errorhandler(Exception)
     def fail(error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            return problem(error)
-        app.logger.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-        return problem(InternalServerError())
+        return problem(told(error))
 
     @app.after_request
     def secure(response: Response) -> Response:
@@ -529,4 +608,6 @@ def create_app(champion: Path | str | None = None) -> Flask:
         seconds.labels(address).observe(time.perf_counter() - g.start)
         return response
 
+    if jobs:
+        threading.Thread(target=work_off, args=(engine, jobs, app.config), daemon=True).start()
     return app

@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from werkzeug.serving import make_server
 
-from deeptumornet.dicom import window
+from deeptumornet.dicom import window, write_dicom
 from deeptumornet.serving import create_app
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -29,8 +29,9 @@ def address(champion):
     server.shutdown()
 
 
-@pytest.fixture(params=[1280, 390])
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["1280", "390"])
 def browser(request, address, tmp_path):
+    width, scheme = request.param
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
@@ -38,7 +39,8 @@ def browser(request, address, tmp_path):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                           {"width": request.param, "height": 1000, "deviceScaleFactor": 1, "mobile": False})
+                           {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False})
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
     driver.get(address)
     yield driver
     driver.quit()
@@ -53,6 +55,10 @@ def shown(browser, name: str):
 def upload(browser, path, pixels: np.ndarray | bytes) -> None:
     path.write_bytes(pixels if isinstance(pixels, bytes) else encoded(pixels))
     browser.find_element(By.ID, "file").send_keys(str(path))
+
+
+def until(browser, holds) -> None:
+    WebDriverWait(browser, 60).until(lambda _: holds())
 
 
 def complaints(browser) -> list[str]:
@@ -109,6 +115,76 @@ def test_an_unreadable_file_gets_its_sentence(browser, phantoms, tmp_path):
     assert complaints(browser) == []
 
 
-def test_the_keyboard_reaches_the_file_input(browser):
+def test_several_slices_and_one_that_is_none(browser, phantoms, tmp_path):
+    names = ["one.png", "two.png", "note.png"]
+    for name, content in zip(names, [encoded(window(phantoms[0])), encoded(window(phantoms[1])), b"a note"], strict=True):
+        (tmp_path / name).write_bytes(content)
+    browser.find_element(By.ID, "file").send_keys("\n".join(str(tmp_path / name) for name in names))
+    assert "Note.png: the uploaded file is not a PNG" in shown(browser, "error").text
+    assert shown(browser, "caption").text == "two.png"
+    assert [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#history .name")] == ["two.png", "one.png"]
+    assert complaints(browser) == []
+
+
+def test_a_series_is_walked_through_by_keyboard(browser, champion, phantoms, tmp_path):
+    client = create_app(champion).test_client()
+    places = [7.5, -2.5, 2.5]
+    for k, place in enumerate(places):
+        write_dicom(tmp_path / f"{k}.dcm", phantoms[k], "Doe^Jane", place, 1.4, "one")
+    browser.find_element(By.ID, "file").send_keys("\n".join(str(tmp_path / f"{k}.dcm") for k in range(3)))
+    assert shown(browser, "series-said").text.startswith("3 slices, ")
+    told = [client.post("/api/v1/predict", data=(tmp_path / f"{k}.dcm").read_bytes()).json["probability"] for k in (1, 2, 0)]
+    top = int(np.argmax(told))
+    assert f"slice {top + 1}; mean: {100 * np.mean(told):.1f} %" in browser.find_element(By.ID, "series-said").text
+    walk = browser.find_element(By.ID, "walk")
+    assert walk.get_property("value") == str(top + 1)
+    walk.send_keys("\ue011")  # Home
+    for k, name in enumerate(("1.dcm", "2.dcm", "0.dcm")):
+        until(browser, lambda n=name: browser.find_element(By.ID, "caption").text == n)
+        assert f"slice {k + 1} of 3, {sorted(places)[k]} mm, " in walk.get_attribute("aria-valuetext")
+        assert browser.find_element(By.ID, "walk-value").text == f"{k + 1} of 3"
+        walk.send_keys("\ue014")  # right
+    assert complaints(browser) == []
+
+
+def test_by_keyboard_and_by_name(browser, phantoms, tmp_path):
     browser.find_element(By.TAG_NAME, "body").send_keys("\ue004")
     assert browser.switch_to.active_element.get_attribute("id") == "file"
+    for name in ("b.png", "a.png"):
+        upload(browser, tmp_path / name, window(phantoms[1]))
+        until(browser, lambda n=name: shown(browser, "caption").text == n)
+    reached = []
+    for _ in range(3):
+        browser.switch_to.active_element.send_keys("\ue004")
+        reached.append(browser.switch_to.active_element)
+    assert reached[0].get_attribute("id") == "opacity" and [e.text.split()[0] for e in reached[1:]] == ["a.png", "b.png"]
+    reached[2].send_keys("\n")
+    until(browser, lambda: shown(browser, "caption").text == "b.png")
+    nodes = [n for n in browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"] if not n["ignored"]]
+    roles = ("button", "slider", "image", "heading")
+    named = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if n["role"]["value"] in roles]
+    assert len(named) > 8 and all(name for _, name in named), named
+
+
+CONTRASTS = """
+const light = (colour) => {
+  const parts = colour.match(/[0-9.]+/g).slice(0, 3).map((x) => x / 255)
+    .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+};
+return arguments[0].map((name) => {
+  const text = document.querySelector(name);
+  let ground = text;
+  while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
+  const [a, b] = [light(getComputedStyle(text).color), light(getComputedStyle(ground).backgroundColor)].sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+});"""
+
+
+def test_text_stands_out_from_its_ground(browser, tmp_path):
+    upload(browser, tmp_path / "note.png", b"a note")
+    shown(browser, "error")
+    shown(browser, "trained")
+    texts = ["h1", "header p", "#hint", ".notice", ".button", "dt", "dd", ".quiet", "#error", "#trained"]
+    contrasts = browser.execute_script(CONTRASTS, texts)
+    assert min(contrasts) >= 4.5, "what WCAG 2.2 asks for, in light and dark"

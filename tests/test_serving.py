@@ -4,10 +4,13 @@ import base64
 import json
 import logging
 import os
+import resource
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,20 +21,26 @@ import click
 import numpy as np
 import pydicom
 import pytest
+import schemathesis
+import tritonclient.http
 from conftest import encoded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from werkzeug.serving import make_server
 
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.export import Engine
+from deeptumornet.jobs import Jobs
 from deeptumornet.lungs import see
 from deeptumornet.preprocessing import read_slice
 from deeptumornet.serving import HEADERS, LARGEST_BODY, MOST_ITEMS, create_app
 from deeptumornet.study import sha256
 
 PREDICT = "/api/v1/predict"
+INFER = "/v2/models/deeptumornet/infer"
+MALFORMED = int(os.environ.get("MALFORMED", 300))
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -147,14 +156,28 @@ def test_what_is_refused(client, slice_png, dicom):
     assert problem(response, 405) and "POST" in response.headers["Allow"]
 
 
-def test_a_small_file_that_asks_for_gigabytes(client):
+def test_a_small_file_that_asks_for_gigabytes(client, dicom):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     def chunk(name: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    small = encoded(np.zeros((64, 64), np.uint8), "JPEG")
+    frame = small.index(b"\xff\xc0") + 5
     for side in (9000, 60000):
         head = side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
         body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body
-        assert "too" in problem(client.post(PREDICT, data=bomb), 422)
+        data = pydicom.dcmread(BytesIO(dicom))
+        data.Rows = data.Columns = side
+        data.save_as(whole := BytesIO())
+        deflated = pydicom.dcmread(BytesIO(dicom))
+        deflated.Rows, deflated.Columns, deflated.PixelData = side, side, bytes(2 * 4096**2)
+        deflated.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        deflated.save_as(packed_ := BytesIO())
+        assert len(packed_.getvalue()) < 100_000
+        jpeg = small[:frame] + side.to_bytes(2, "big") * 2 + small[frame + 4:]
+        for what in (bomb, jpeg, whole.getvalue(), packed_.getvalue()):
+            assert problem(client.post(PREDICT, data=what), 422)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "no picture was made of them, in KB"
 
 
 def test_a_defect_tells_nothing(champion, slice_png, monkeypatch, caplog):
@@ -240,16 +263,19 @@ def test_no_body_makes_a_500(app, dicom, phantoms):
     client = app.test_client()
     small = window(phantoms[1])[::2, ::2]
     sources = [encoded(small), encoded(small, "JPEG"), dicom]
+    protocol = tensor("files", "BYTES", [1], [base64.b64encode(sources[0]).decode()])
+    sources += [packed({"a.png": sources[0], "b.dcm": dicom[:9000]}), json.dumps(protocol).encode()]
     bodies = st.one_of(st.binary(max_size=300), *[mutations(source) for source in sources],
                        *[st.binary(max_size=300).map(source[:140].__add__) for source in sources])
 
-    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(bodies, st.booleans())
-    def holds(body, multipart):
+    @settings(max_examples=MALFORMED, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(bodies, st.booleans(), st.sampled_from([PREDICT, PREDICT, "/api/v1/batch", "/api/v1/series", INFER]))
+    def holds(body, multipart, path):
         data = {"file": (BytesIO(body), "a.png")} if multipart else body
-        response = client.post(f"{PREDICT}?heat_map=true", data=data)
+        response = client.post(path, data=data, headers={"Inference-Header-Content-Length": str(len(body) // 2)})
         assert response.status_code in (200, 400, 415, 422), response.text
-        if response.status_code == 200:
+        assert b'"status":500' not in response.data and b"/tmp" not in response.data, response.text
+        if response.status_code == 200 and path == PREDICT:
             assert 0 <= response.json["probability"] <= 1
     holds()
 
@@ -275,9 +301,6 @@ def test_a_missing_or_changed_champion_is_a_sentence(champion, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "run `make study` first" in done.stderr
-
-
-INFER = "/v2/models/deeptumornet/infer"
 
 
 def packed(files: dict[str, bytes]) -> bytes:
@@ -405,9 +428,88 @@ def test_marks_and_strange_slices_are_warned_of(champion, slice_png, phantoms):
     assert any("coloured marks" in w for w in cautions(card, read_slice(encoded(arrow), "a.png"), prepared))
 
 
+def test_schemathesis_finds_nothing(champion, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPTUMORNET_JOBS", str(tmp_path / "jobs.sqlite"))
+    schema = schemathesis.openapi.from_wsgi("/openapi.json", create_app(champion))
+    for operation in schema.get_all_operations():
+        @given(operation.ok().as_strategy())
+        @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def holds(case):
+            case.call_and_validate()
+        holds()
+
+
+def test_a_client_of_the_protocol(app, client, phantoms, slice_png):
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.port}") as triton:
+        assert triton.is_server_live() and triton.is_server_ready() and triton.is_model_ready("deeptumornet")
+        assert triton.get_model_metadata("deeptumornet")["outputs"][0]["shape"] == [-1, 2]
+        pixels, expected = np.stack([window(phantoms[1])] * 2), client.post(PREDICT, data=slice_png).json["probability"]
+        for name, values, datatype in (("slices", pixels, "UINT8"), ("files", np.array([slice_png] * 2, object), "BYTES")):
+            for binary in (True, False)[:1 if datatype == "BYTES" else 2]:
+                given_ = tritonclient.http.InferInput(name, list(values.shape), datatype)
+                given_.set_data_from_numpy(values, binary_data=binary)
+                said = triton.infer("deeptumornet", [given_]).as_numpy("probabilities")
+                assert said.shape == (2, 2) and np.abs(said[:, 1] - expected).max() < 1e-6
+        wrong = tritonclient.http.InferInput("slices", [1, 2, 2], "UINT8").set_data_from_numpy(np.zeros((1, 2, 2), np.uint8))
+        with pytest.raises(tritonclient.utils.InferenceServerException, match="2×2 pixels|no lung field|shape"):
+            triton.infer("deeptumornet", [wrong])
+    server.shutdown()
+
+
+def finished(client, job: str) -> dict:
+    for _ in range(600):
+        progress = client.get(f"/api/v1/jobs/{job}").json
+        if progress["state"] == "done":
+            return progress
+        time.sleep(0.05)
+    raise AssertionError(progress)
+
+
+def test_a_job_outlives_the_process_that_took_it(champion, slice_png, tmp_path, monkeypatch):
+    monkeypatch.setattr("deeptumornet.jobs.LEASE", 1.0)
+    before = Jobs(tmp_path / "jobs.sqlite")
+    job = before.submit([slice_png, b"a note"])
+    assert before.take()[:2] == (job, 0)  # and dies with it
+    monkeypatch.setenv("DEEPTUMORNET_JOBS", str(tmp_path / "jobs.sqlite"))
+    client = create_app(champion).test_client()
+    assert "not done" in problem(client.get(f"/api/v1/jobs/{job}/result"), 409)
+    assert finished(client, job) == {"id": job, "state": "done", "done": 2, "slices": 2}
+    expected = client.post(PREDICT, data=slice_png).json
+    first, second = client.get(f"/api/v1/jobs/{job}/result").json["items"]
+    assert first == {"item": 0, "status": 200, "prediction": expected} and (second["item"], second["status"]) == (1, 415)
+
+
+def test_a_job_is_accepted_answered_and_cancelled(champion, slice_png, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPTUMORNET_JOBS", str(tmp_path / "jobs.sqlite"))
+    client = create_app(champion).test_client()
+    sent = client.post("/api/v1/jobs", data=packed({"a.png": slice_png, "../b.png": slice_png}))
+    assert sent.status_code == 202 and sent.headers["Location"] == f"/api/v1/jobs/{sent.json['id']}" and sent.json["slices"] == 2
+    finished(client, sent.json["id"])
+    assert [i["status"] for i in client.get(f"{sent.headers['Location']}/result").json["items"]] == [200, 422]
+    assert slice_png[:500] not in (tmp_path / "jobs.sqlite").read_bytes(), "a slice goes with its answer"
+    assert (tmp_path / "jobs.sqlite").stat().st_mode & 0o77 == 0
+    long = client.post("/api/v1/jobs", data=packed({str(k): slice_png for k in range(400)})).headers["Location"]
+    assert client.delete(long).status_code == 204
+    for response in (client.get(long), client.delete(long), client.get("/api/v1/jobs/none/result")):
+        problem(response, 404)
+
+
+def test_jobs_are_off_unless_asked_for(client, slice_png):
+    assert "--jobs FILE" in problem(client.post("/api/v1/jobs", data=slice_png), 404)
+
+
+def test_many_slices_are_limited_in_memory(client, slice_png, monkeypatch):
+    monkeypatch.setattr("deeptumornet.serving.LARGEST_UNPACKED", 2**20)
+    bomb = packed({str(k): bytes(2**19) for k in range(4)})
+    assert "unpacks to more than 1 MiB" in problem(client.post("/api/v1/batch", data=bomb), 422) and len(bomb) < 10_000
+
+
 def test_every_address_is_documented(app, client):
     document = client.get("/openapi.json").json
     served = {(rule.rule, method.lower()) for rule in app.url_map.iter_rules() for method in rule.methods - {"HEAD", "OPTIONS"}}
     pages = {"/", "/docs", "/openapi.json", "/page/<path:filename>"}
-    assert {(path, method) for path, methods in document["paths"].items() for method in methods} == {s for s in served if s[0] not in pages}
+    told = {(path.replace("{job}", "<job>"), method) for path, said in document["paths"].items() for method in set(said) - {"parameters"}}
+    assert told == {s for s in served if s[0] not in pages}
     assert document["openapi"] == "3.1.0" and "http" not in client.get("/docs").text.replace("http://www.w3.org/2000/svg", "")

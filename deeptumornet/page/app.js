@@ -1,4 +1,4 @@
-// The page of the service: sends a slice, shows the answer. Nothing is stored, and no other host is asked.
+// The page of the service: sends slices, shows the answers. Nothing is stored, and no other host is asked.
 "use strict";
 
 const at = (id) => document.getElementById(id);
@@ -33,41 +33,124 @@ function fail(text) {
   at("status").textContent = "";
   at("error").textContent = /[.!?]$/.test(text) ? capital(text) : `${capital(text)}.`;
   at("error").hidden = false;
-  at("result").hidden = true;
 }
 
-async function send(file) {
-  const turn = ++latest;
-  at("error").hidden = true;
-  at("status").textContent = `Reading ${file.name} …`;
-  at("drop").setAttribute("aria-busy", "true");
+const MOST_KEPT = 512;
+const isDicom = async (file) => (await file.slice(128, 132).text()) === "DICM";
+
+async function ask(path, files) {
   const body = new FormData();
-  body.append("file", file, "slice");
+  for (const file of files) body.append("file", file, "slice");
+  let response;
   try {
-    const response = await fetch("api/v1/predict?heat_map=true", { method: "POST", body });
-    if (turn !== latest) return;
-    if (!response.ok) {
-      const text = await sentence(response);
-      if (turn === latest) fail(text);
-      return;
-    }
-    const answer = await response.json();
-    if (turn !== latest) return;
-    visit.unshift({ name: file.name, answer });
-    visit.length = Math.min(visit.length, 50);
-    show(visit[0]);
-    at("status").textContent = `${file.name}: done.`;
+    response = await fetch(path, { method: "POST", body });
   } catch {
-    if (turn === latest) fail("the service does not answer: see whether it still runs, and send the file again");
+    throw new Error("the service does not answer: see whether it still runs, and send the file again");
+  }
+  if (!response.ok) throw new Error(await sentence(response));
+  return response.json();
+}
+
+const predict = (file) => ask("api/v1/predict?heat_map=true", [file]);
+
+// A turn is over when the next one begins: what it still asks for is not shown.
+async function send(files) {
+  const turn = ++latest;
+  const mine = () => turn === latest;
+  at("error").hidden = true;
+  at("series").hidden = true;
+  at("drop").setAttribute("aria-busy", "true");
+  try {
+    if (files.length > 1 && (await Promise.all(files.map(isDicom))).every(Boolean)) await sendSeries(files, mine);
+    else await sendEach(files, mine);
+  } catch (error) {
+    if (mine()) {
+      at("result").hidden = true;
+      fail(error.message);
+    }
   } finally {
-    if (turn === latest) at("drop").removeAttribute("aria-busy");
+    if (mine()) at("drop").removeAttribute("aria-busy");
   }
 }
 
-function show(entry) {
+async function sendEach(files, mine) {
+  let refused = "";
+  for (const [k, file] of files.entries()) {
+    at("status").textContent = files.length > 1 ? `Reading ${file.name}, ${k + 1} of ${files.length} …` : `Reading ${file.name} …`;
+    try {
+      const answer = await predict(file);
+      if (!mine()) return;
+      await show(remember({ name: file.name, answer }));
+    } catch (error) {
+      if (!mine()) return;
+      if (files.length === 1) throw error;
+      refused += `${file.name}: ${error.message}. `;
+    }
+  }
+  at("status").textContent = files.length > 1 ? `${files.length} files: done.` : `${files[0].name}: done.`;
+  if (refused) fail(refused.trim());
+}
+
+async function sendSeries(files, mine) {
+  at("status").textContent = `Reading a series of ${files.length} DICOM files …`;
+  const { series, slices } = await ask("api/v1/series", files);
+  if (!mine()) return;
+  const entries = slices.filter((slice) => slice.status === 200).map((slice) => ({
+    name: files[slice.item].name, item: slice.item, place: slice.position_mm, file: files[slice.item], answer: slice.prediction }));
+  const top = entries.findIndex((entry) => entry.item === series.highest.item);
+  at("series-said").textContent = `${series.slices} slices, ${series.positive_slices} of them at or above the threshold. ` +
+    `Highest: ${percent(series.highest.probability)}, slice ${top + 1}; mean: ${percent(series.mean)}.` +
+    (series.refused ? ` ${series.refused} could not be read.` : "");
+  at("series-warning").textContent = series.warnings.join(" ");
+  at("bars").replaceChildren(...entries.map((entry) => {
+    const bar = element("span", undefined, entry.answer.decision === "positive" ? "positive" : "");
+    bar.style.height = `${Math.max(2, 100 * entry.answer.probability)}%`;
+    return bar;
+  }));
+  at("bars-mark").style.bottom = `${100 * entries[0].answer.threshold}%`;
+  const walk = at("walk");
+  walk.max = entries.length;
+  walk.oninput = () => {
+    const k = walk.value - 1;
+    const where = entries[k].place === null ? "" : `, ${entries[k].place} mm`;
+    at("walk-value").textContent = `${k + 1} of ${entries.length}`;
+    walk.setAttribute("aria-valuetext", `slice ${k + 1} of ${entries.length}${where}, ${percent(entries[k].answer.probability)}`);
+    for (const [n, bar] of [...at("bars").children].entries()) bar.classList.toggle("here", n === k);
+    show(entries[k]);
+  };
+  at("series").hidden = false;
+  for (const entry of entries.toReversed()) remember(entry);
+  walk.value = top + 1;
+  walk.oninput();
+  at("status").textContent = `A series of ${files.length} DICOM files: done.`;
+}
+
+function remember(entry) {
+  visit.unshift(entry);
+  visit.length = Math.min(visit.length, MOST_KEPT);
+  return entry;
+}
+
+let current = null;
+
+// A slice of a series brings its pictures when it is looked at.
+async function show(entry) {
+  current = entry;
+  if (!entry.answer.picture) {
+    try {
+      entry.answer = await predict(entry.file);
+      delete entry.file;
+    } catch (error) {
+      fail(error.message);
+      return;
+    }
+  }
+  if (current === entry) draw(entry);
+}
+
+function draw(entry) {
   const { answer, name } = entry;
   const p = answer.probability;
-  at("error").hidden = true;
   at("picture").src = answer.picture;
   at("heat").src = answer.heat_map;
   at("caption").textContent = name;
@@ -92,10 +175,10 @@ function show(entry) {
     "as far as they resemble the slices that the model was calibrated on.";
   at("warnings").replaceChildren(...answer.warnings.map((text) => element("li", text)));
   at("result").hidden = false;
-  list(entry);
+  list();
 }
 
-function list(current) {
+function list() {
   at("history-card").hidden = visit.length === 0;
   at("history").replaceChildren(...visit.map((entry) => {
     const row = element("li");
@@ -103,7 +186,7 @@ function list(current) {
     button.type = "button";
     if (entry === current) button.setAttribute("aria-current", "true");
     const thumbnail = element("img");
-    thumbnail.src = entry.answer.picture;
+    if (entry.answer.picture) thumbnail.src = entry.answer.picture;
     thumbnail.alt = "";
     button.append(thumbnail, element("span", entry.name, "name"), element("span", entry.answer.class), element("b", percent(entry.answer.probability)));
     button.addEventListener("click", () => show(entry));
@@ -155,8 +238,8 @@ async function start() {
 }
 
 at("file").addEventListener("change", (event) => {
-  const [file] = event.target.files;
-  if (file) send(file);
+  const files = [...event.target.files];
+  if (files.length) send(files);
   event.target.value = "";
 });
 at("opacity").addEventListener("input", (event) => {
@@ -169,7 +252,7 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
     event.preventDefault();
     depth = name === "drop" ? 0 : depth + (name === "dragenter") - (name === "dragleave");
     at("drop").classList.toggle("over", depth > 0);
-    if (name === "drop" && event.dataTransfer.files.length) send(event.dataTransfer.files[0]);
+    if (name === "drop" && event.dataTransfer.files.length) send([...event.dataTransfer.files]);
   });
 }
 start();

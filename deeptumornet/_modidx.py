@@ -213,6 +213,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'deeptumornet.export.Engine.__init__': ('export.html#engine.__init__', 'deeptumornet/export.py'),
                                      'deeptumornet.export.Engine.predict': ('export.html#engine.predict', 'deeptumornet/export.py'),
                                      'deeptumornet.export.Engine.prepare': ('export.html#engine.prepare', 'deeptumornet/export.py'),
+                                     'deeptumornet.export._litert': ('export.html#_litert', 'deeptumornet/export.py'),
+                                     'deeptumornet.export._openvino': ('export.html#_openvino', 'deeptumornet/export.py'),
                                      'deeptumornet.export.choose': ('export.html#choose', 'deeptumornet/export.py'),
                                      'deeptumornet.export.convert': ('export.html#convert', 'deeptumornet/export.py'),
                                      'deeptumornet.export.export_champion': ('export.html#export_champion', 'deeptumornet/export.py'),

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,15 @@ from .study import StudyError, atomic, read_json, sha256, write_json
 __all__ = ['ENGINES', 'convert', 'Engine', 'timed', 'parity', 'choose', 'export_champion']
 
 # %% ../nbs/10_export.ipynb #c007
-ENGINES = {"float32": "engine.tflite", "float16": "engine.float16.tflite", "int8": "engine.int8.tflite"}
-"Precision of the weights and the engine's file, the most exact first"
+ENGINES = {"float32": "engine.tflite", "float32_openvino": "engine.xml", "float16": "engine.float16.tflite", "int8": "engine.int8.tflite"}
+"Precision of the weights, of LiteRT where nothing else is said, and the engine's file, the most exact first"
 
 
-def convert(model, positive: int, precisions: Iterable[str] = ENGINES) -> dict[str, bytes]:
-    """`model` (prepared slices → probabilities) as a LiteRT flat buffer for each of `precisions`, with the signature `serving_default`:
-    `slices` (n × size × size × 1, 0..255) → `probabilities` (n × classes), `heat` (n × rows × columns, 0..1)."""
+def convert(model, positive: int, folder: Path, precisions: Iterable[str] = ENGINES) -> None:
+    """Write `model` (prepared slices → probabilities) to the `folder`, once for each of `precisions` and always in float32: `slices`
+    (n × size × size × 1, 0..255) → `probabilities` (n × classes), `heat` (n × rows × columns, 0..1)."""
     import keras
+    import openvino
     import tensorflow as tf
 
     names = [layer.name for layer in model.layers]
@@ -55,15 +57,20 @@ def convert(model, positive: int, precisions: Iterable[str] = ENGINES) -> dict[s
     module.run, module.values = run, [v.value for v in model.variables]
     traced = run.get_concrete_function()
 
-    def made(precision: str) -> bytes:
+    def make(precision: str) -> None:
         converter = tf.lite.TFLiteConverter.from_concrete_functions([traced], module)
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.target_spec.supported_types = [tf.float16] if precision == "float16" else []
-        return converter.convert()
+        (folder / ENGINES[precision]).write_bytes(converter.convert())
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(precisions, pool.map(made, precisions), strict=True))
+        list(pool.map(make, {"float32", *precisions} - {"float32_openvino"}))
+    if "float32_openvino" in precisions:
+        read = openvino.Core().read_model(folder / ENGINES["float32"])
+        for output in read.outputs:
+            output.tensor.set_names({"probabilities" if len(output.partial_shape) == 2 else "heat"})
+        openvino.save_model(read, folder / ENGINES["float32_openvino"], compress_to_fp16=False)
 
 # %% ../nbs/10_export.ipynb #c009
 class Engine:
@@ -73,8 +80,6 @@ class Engine:
     Raises StudyError where a file is missing or is not the one that the card names."""
 
     def __init__(self, folder: Path | str, threads: int = 2, precision: str | None = None):
-        from ai_edge_litert.interpreter import Interpreter
-
         folder = Path(folder)
         if not (folder / "card.json").is_file():
             raise StudyError(f"there is no exported model in {folder}: run `make study` first")
@@ -83,8 +88,8 @@ class Engine:
             if not (folder / name).is_file() or sha256(folder / name) != expected:
                 raise StudyError(f"{folder / name} is missing or is not the file that card.json names: run `make study` again")
         self._lock = threading.Lock()
-        interpreter = Interpreter(model_path=str(folder / (ENGINES[precision] if precision else self.card["engine"])), num_threads=threads)
-        self._run = interpreter.get_signature_runner("serving_default")
+        file = folder / (ENGINES[precision] if precision else self.card["engine"])
+        self._run = _openvino(file, threads) if file.suffix == ".xml" else _litert(file, threads)
 
     def prepare(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         """The prepared slice (uint8, size × size) of a read slice (uint8, height × width), as in training, and the (top, left, side) of
@@ -94,9 +99,23 @@ class Engine:
     def predict(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n × classes) and heat maps (n × rows × columns, 0..1) of prepared `slices` (n × size × size)"
         with self._lock:
-            out = self._run(slices=np.asarray(slices, np.float32)[..., None])
-            raw, heat = out["probabilities"].copy(), out["heat"].copy()
+            raw, heat = (out.copy() for out in self._run(np.asarray(slices, np.float32)[..., None]))
         return calibrate(raw, self.card["temperature"]), heat
+
+
+def _litert(file: Path, threads: int) -> Callable:
+    from ai_edge_litert.interpreter import Interpreter
+
+    run = Interpreter(model_path=str(file), num_threads=threads).get_signature_runner("serving_default")
+    return lambda slices: itemgetter("probabilities", "heat")(run(slices=slices))
+
+
+def _openvino(file: Path, threads: int) -> Callable:
+    import openvino
+
+    run = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
+                                               "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False})  # other processes use the same cores
+    return lambda slices: itemgetter("probabilities", "heat")(run(slices))
 
 # %% ../nbs/10_export.ipynb #c011
 def timed(runs: Mapping[str, Callable], slices: np.ndarray, rounds: int = 15) -> dict[str, dict[str, float]]:
@@ -162,10 +181,9 @@ def export_champion(model_dir: Path, target: Path, card: dict, reference: np.nda
     with atomic(target) as folder:
         folder.mkdir()
         shutil.copyfile(model_dir / "model.keras", folder / "model.keras")
-        for precision, content in convert(model, positive, precisions).items():
-            (folder / ENGINES[precision]).write_bytes(content)
-        card = {"name": "deeptumornet", "version": sha256(folder / "model.keras")[:8], "engine": ENGINES[next(iter(precisions))], **card}
-        card["files"] = {name: sha256(folder / name) for name in (*(ENGINES[p] for p in precisions), "model.keras")}
+        convert(model, positive, folder, precisions)
+        card = {"name": "deeptumornet", "version": sha256(folder / "model.keras")[:8], "engine": ENGINES["float32"], **card}
+        card["files"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         write_json(folder / "card.json", card)
 
         truth = np.concatenate([keras_run(batch) for batch in np.array_split(reference, -(-len(reference) // 32))])

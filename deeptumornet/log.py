@@ -24,7 +24,7 @@ from filelock import FileLock
 from flask import Flask, Response, jsonify, request
 from scipy.ndimage import laplace
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import BadRequest, ServiceUnavailable, Unauthorized, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, NotFound, ServiceUnavailable, Unauthorized, UnprocessableEntity
 
 from .study import StudyError
 
@@ -256,7 +256,7 @@ def add_feedback(app: Flask, classes: list[str]) -> None:
     def feedback() -> tuple[Response, int]:
         log, token = app.config["PREDICTION_LOG"], os.environ.get("DEEPTUMORNET_FEEDBACK_TOKEN", "")
         if log is None or not token:
-            raise ServiceUnavailable("this service takes no feedback: start it with DEEPTUMORNET_PREDICTION_LOG and DEEPTUMORNET_FEEDBACK_TOKEN set")
+            raise NotFound("this service takes no feedback: start it with DEEPTUMORNET_PREDICTION_LOG and DEEPTUMORNET_FEEDBACK_TOKEN set")
         shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(shown.encode(), token.encode()):
             raise Unauthorized("feedback needs the header `Authorization: Bearer` with the token of this service",

@@ -46,7 +46,10 @@ class Field:
         inside = (source >= 0) & (source < air.shape[1])
         mirrored = np.zeros_like(air)
         mirrored[:, inside] = air[:, source[inside]]
-        return convex_hull_image(air | mirrored & self.body) & self.body
+        both = air | mirrored & self.body
+        place, hull = ndimage.find_objects(both.astype(np.uint8))[0], np.zeros_like(both)
+        hull[place] = convex_hull_image(both[place])
+        return hull & self.body
 
     def mask(self) -> np.ndarray:
         "True (bool) in the lungs, closed over vessels and small masses, on the scale of the copy"

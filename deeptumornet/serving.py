@@ -556,7 +556,8 @@ def create_app(champion: Path | str | None = None) -> Flask:
 
     @app.get("/api/v1/model")
     def model() -> Response:
-        return jsonify({k: engine.card[k] for k in PUBLIC if k in engine.card})
+        wanted = bool(app.config["PREDICTION_LOG"] and os.environ.get("DEEPTUMORNET_FEEDBACK_TOKEN"))
+        return jsonify({**{k: engine.card[k] for k in PUBLIC if k in engine.card}, "feedback": wanted})
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -147,7 +147,7 @@ def test_the_service_logs_what_monitoring_reads(champion, phantoms, tmp_path, mo
 def test_feedback_needs_the_token_a_known_prediction_and_a_class(champion, slice_png, tmp_path, monkeypatch):
     app = create_app(champion)
     client, good = app.test_client(), {"Authorization": f"Bearer {TOKEN}"}
-    assert client.post(FEED, json={}).status_code == 503
+    assert client.post(FEED, json={}).status_code == 404
     monkeypatch.setenv("DEEPTUMORNET_FEEDBACK_TOKEN", TOKEN)
     app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite")
     word = {"id": client.post(PREDICT, data=slice_png).json["id"], "label": "normal", "who": "reader A"}

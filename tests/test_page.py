@@ -1,14 +1,18 @@
 """The page as a visitor meets it: a real browser, a real server on loopback, and the tiny champion."""
 
 import shutil
+import sqlite3
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
 from conftest import encoded
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from werkzeug.serving import make_server
 
 from deeptumornet.dicom import window, write_dicom
@@ -22,11 +26,19 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: i
 
 
 @pytest.fixture(scope="module")
-def address(champion):
-    server = make_server("127.0.0.1", 0, create_app(champion), threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.port}"
-    server.shutdown()
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("log") / "log.sqlite"
+
+
+@pytest.fixture(scope="module")
+def address(champion, log):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPTUMORNET_PREDICTION_LOG", str(log))
+        patch.setenv("DEEPTUMORNET_FEEDBACK_TOKEN", "page's token")
+        server = make_server("127.0.0.1", 0, create_app(champion), threaded=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.port}"
+        server.shutdown()
 
 
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["1280", "390"])
@@ -138,32 +150,51 @@ def test_a_series_is_walked_through_by_keyboard(browser, champion, phantoms, tmp
     assert f"slice {top + 1}; mean: {100 * np.mean(told):.1f} %" in browser.find_element(By.ID, "series-said").text
     walk = browser.find_element(By.ID, "walk")
     assert walk.get_property("value") == str(top + 1)
-    walk.send_keys("\ue011")  # Home
+    walk.send_keys(Keys.HOME)
     for k, name in enumerate(("1.dcm", "2.dcm", "0.dcm")):
         until(browser, lambda n=name: browser.find_element(By.ID, "caption").text == n)
         assert f"slice {k + 1} of 3, {sorted(places)[k]} mm, " in walk.get_attribute("aria-valuetext")
         assert browser.find_element(By.ID, "walk-value").text == f"{k + 1} of 3"
-        walk.send_keys("\ue014")  # right
+        walk.send_keys(Keys.RIGHT)
     assert complaints(browser) == []
 
 
 def test_by_keyboard_and_by_name(browser, phantoms, tmp_path):
-    browser.find_element(By.TAG_NAME, "body").send_keys("\ue004")
+    ActionChains(browser).send_keys(Keys.TAB).perform()
     assert browser.switch_to.active_element.get_attribute("id") == "file"
     for name in ("b.png", "a.png"):
         upload(browser, tmp_path / name, window(phantoms[1]))
         until(browser, lambda n=name: shown(browser, "caption").text == n)
     reached = []
-    for _ in range(3):
-        browser.switch_to.active_element.send_keys("\ue004")
+    for _ in range(4):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.append(browser.switch_to.active_element)
-    assert reached[0].get_attribute("id") == "opacity" and [e.text.split()[0] for e in reached[1:]] == ["a.png", "b.png"]
-    reached[2].send_keys("\n")
+    assert reached[0].get_attribute("id") == "opacity" and [e.text.split()[0] for e in reached[1:]] == ["Tell", "a.png", "b.png"]
+    reached[3].send_keys("\n")
     until(browser, lambda: shown(browser, "caption").text == "b.png")
     nodes = [n for n in browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"] if not n["ignored"]]
     roles = ("button", "slider", "image", "heading")
     named = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if n["role"]["value"] in roles]
     assert len(named) > 8 and all(name for _, name in named), named
+
+
+def test_the_true_class_is_told_and_corrected(browser, log, phantoms, tmp_path):
+    upload(browser, tmp_path / "a.png", window(phantoms[1]))
+    shown(browser, "feedback").find_element(By.TAG_NAME, "summary").click()
+    kept = browser.find_element(By.ID, "kept")
+    def tell(label: str, token: str) -> None:
+        Select(shown(browser, "label")).select_by_visible_text(label)
+        shown(browser, "token").clear()
+        shown(browser, "token").send_keys(token, Keys.ENTER)
+    shown(browser, "who").send_keys("A reader")
+    tell("normal", "a guess")
+    until(browser, lambda: "needs the header" in kept.text)
+    for label in ("normal", "adenocarcinoma"):
+        tell(label, "page's token")
+        until(browser, lambda said=label: kept.text.startswith(f"Kept: {said}."))
+    with closing(sqlite3.connect(log)) as file:
+        said = file.execute("SELECT who, label FROM feedback ORDER BY number").fetchall()
+    assert said[-2:] == [("A reader", "normal"), ("A reader", "adenocarcinoma")]
 
 
 CONTRASTS = """

@@ -38,17 +38,21 @@ function fail(text) {
 const MOST_KEPT = 512;
 const isDicom = async (file) => (await file.slice(128, 132).text()) === "DICM";
 
-async function ask(path, files) {
-  const body = new FormData();
-  for (const file of files) body.append("file", file, "slice");
+async function post(path, body, headers) {
   let response;
   try {
-    response = await fetch(path, { method: "POST", body });
+    response = await fetch(path, { method: "POST", body, headers });
   } catch {
-    throw new Error("the service does not answer: see whether it still runs, and send the file again");
+    throw new Error("the service does not answer: see whether it still runs, and send it again");
   }
   if (!response.ok) throw new Error(await sentence(response));
   return response.json();
+}
+
+function ask(path, files) {
+  const body = new FormData();
+  for (const file of files) body.append("file", file, "slice");
+  return post(path, body);
 }
 
 const predict = (file) => ask("api/v1/predict?heat_map=true", [file]);
@@ -174,8 +178,24 @@ function draw(entry) {
   at("meaning").textContent = `In words: of 100 slices given this probability, about ${often} would show ${answer.positive}, ` +
     "as far as they resemble the slices that the model was calibrated on.";
   at("warnings").replaceChildren(...answer.warnings.map((text) => element("li", text)));
+  at("feedback").hidden = !(card?.feedback && answer.id);
+  at("label").value = entry.truth || "";
+  at("kept").textContent = entry.truth ? `Kept: ${entry.truth}. Sending again corrects it.` : "";
   at("result").hidden = false;
   list();
+}
+
+async function sendTruth(event) {
+  event.preventDefault();
+  const entry = current;
+  const said = { id: entry.answer.id, label: at("label").value, who: at("who").value };
+  try {
+    await post("api/v1/feedback", JSON.stringify(said), { "Content-Type": "application/json", Authorization: `Bearer ${at("token").value}` });
+    entry.truth = said.label;
+    if (current === entry) at("kept").textContent = `Kept: ${said.label}. Sending again corrects it.`;
+  } catch (error) {
+    at("kept").textContent = `${capital(error.message)}.`;
+  }
 }
 
 function list() {
@@ -231,6 +251,7 @@ async function start() {
     const response = await fetch("api/v1/model");
     if (!response.ok) throw new Error(await sentence(response));
     card = await response.json();
+    at("label").replaceChildren(element("option"), ...card.classes.map((name) => element("option", name)));
     limits(card);
   } catch {
     at("limits").textContent = "The model's card could not be read: reload the page.";
@@ -246,6 +267,7 @@ at("opacity").addEventListener("input", (event) => {
   at("heat").style.opacity = event.target.value / 100;
   at("opacity-value").textContent = `${event.target.value} %`;
 });
+at("truth").addEventListener("submit", sendTruth);
 let depth = 0;
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   window.addEventListener(name, (event) => {

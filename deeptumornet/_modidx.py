@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'deeptumornet.log.PredictionLog.flush': ('log.html#predictionlog.flush', 'deeptumornet/log.py'),
                                   'deeptumornet.log.PredictionLog.keep': ('log.html#predictionlog.keep', 'deeptumornet/log.py'),
                                   'deeptumornet.log.PredictionLog.record': ('log.html#predictionlog.record', 'deeptumornet/log.py'),
+                                  'deeptumornet.log._make_tables': ('log.html#_make_tables', 'deeptumornet/log.py'),
                                   'deeptumornet.log._there': ('log.html#_there', 'deeptumornet/log.py'),
                                   'deeptumornet.log._url': ('log.html#_url', 'deeptumornet/log.py'),
                                   'deeptumornet.log._why': ('log.html#_why', 'deeptumornet/log.py'),

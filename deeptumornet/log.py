@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -81,6 +81,13 @@ def _why(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
+def _make_tables(engine: sa.Engine) -> None:
+    for _ in _META.tables:  # where two processes begin at the same moment, each table may be made by the other
+        with suppress(sa.exc.DatabaseError):
+            return _META.create_all(engine)
+    _META.create_all(engine)
+
+
 @contextmanager
 def connect(address: str | Path) -> Iterator[sa.Connection]:
     """One transaction on the database at `address` (a URL or an SQLite file), its tables made where there are none.
@@ -92,7 +99,7 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
         engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={"timeout": 5} if sqlite else {})
         if sqlite:
             sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA journal_mode=WAL"))
-        _META.create_all(engine)
+        _make_tables(engine)
         with engine.begin() as connection:
             yield connection
     except (sa.exc.SQLAlchemyError, ImportError) as error:

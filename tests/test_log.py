@@ -102,6 +102,17 @@ def test_rows_and_corrections(address, tmp_path):
         assert not database.execute(sa.select(FEEDBACK)).all(), "feedback goes with its prediction"
 
 
+def test_processes_that_begin_at_the_same_moment_share_the_tables(address):
+    def opened(_) -> int:
+        with connect(address) as database:
+            return database.scalar(sa.select(sa.func.count()).select_from(FEEDBACK))
+    engine = sa.create_engine(address, poolclass=sa.NullPool)
+    for _ in range(10):
+        FEEDBACK.metadata.drop_all(engine)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(opened, range(8))) == [0] * 8
+
+
 def test_a_row_that_is_sent_twice_is_there_once(address, tmp_path):
     log = PredictionLog(address, tmp_path / "spool", pause=60)
     log.record("v", "i", TWO, FLAT)

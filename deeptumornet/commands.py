@@ -134,7 +134,7 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
 
             from deeptumornet.serving import create_app
             try:
-                return create_app(folder)
+                return create_app(folder, max(1, (os.cpu_count() or 1) // workers))
             except click.ClickException as error:
                 raise AppImportError(f"deeptumornet: {error.message}") from error
 

@@ -145,8 +145,11 @@ def parity(served: np.ndarray, truth: np.ndarray, positive: int, threshold: floa
 
 
 def choose(engines: Mapping[str, Mapping], tolerance: float) -> str:
-    """The engine that is served, by precision: within `tolerance` of Keras with no decision changed, and a tenth faster at one slice than
-    every more exact one. Raises StudyError where none is that close."""
+    """The engine that is served, by precision: within `tolerance` of Keras with no decision changed, and a tenth faster than every more
+    exact one, by the milliseconds of a slice alone and of one in a batch of 32, added. Raises StudyError where none is that close."""
+    def cost(precision: str) -> float:
+        return engines[precision]["batch_1_ms"] + 1000 / engines[precision]["batch_32_per_second"]
+
     close = [p for p in ENGINES if p in engines and engines[p]["largest_difference"] <= tolerance and not engines[p]["decisions_changed"]]
     if not close:
         least = min(e["largest_difference"] for e in engines.values())
@@ -154,7 +157,7 @@ def choose(engines: Mapping[str, Mapping], tolerance: float) -> str:
                          f"{least:.2g}): raise the tolerance in params.yaml, or take another champion")
     best = close[0]
     for precision in close[1:]:
-        if engines[precision]["batch_1_ms"] < 0.9 * engines[best]["batch_1_ms"]:
+        if cost(precision) < 0.9 * cost(best):
             best = precision
     return best
 

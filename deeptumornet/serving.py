@@ -216,9 +216,9 @@ def seen(reference: np.ndarray) -> dict[str, tuple[float, float]]:
     return {name: (min(v) - 0.1 * np.ptp(v), max(v) + 0.1 * np.ptp(v)) for name, v in values.items()}
 
 # %% ../nbs/11_serving.ipynb #c020
-def open_engine(folder: Path) -> Engine:
+def open_engine(folder: Path, threads: int = 2) -> Engine:
     "The exported model in `folder`, warm, and with the ranges of `seen` in its card. StudyError where there is none, or a changed one."
-    engine = Engine(folder)
+    engine = Engine(folder, threads)
     size = engine.card["input"]["size"]
     engine.predict(np.zeros((1, size, size), np.uint8))
     engine.card["seen"] = seen(np.load(folder / "reference.npz", allow_pickle=False)["slices"])
@@ -446,9 +446,9 @@ class Gate:
                 raise TooManyRequests(f"{self.rate} requests a minute are answered: wait a little", retry_after=60 - int(now % 60))
 
 # %% ../nbs/11_serving.ipynb #c030
-def create_app(champion: Path | str | None = None) -> Flask:
-    """The service for the exported model in the folder `champion`; by default the one that DEEPTUMORNET_CHAMPION names,
-    or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
+def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
+    """The service for the exported model in the folder `champion`, its engine in so many `threads`; by default the one that
+    DEEPTUMORNET_CHAMPION names, or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
     Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file);
     DEEPTUMORNET_JOBS names the file of the jobs, which this process works off, too;
     DEEPTUMORNET_TOKENS (words) and DEEPTUMORNET_RATE (requests a minute and address) close the `Gate`.
@@ -456,7 +456,7 @@ def create_app(champion: Path | str | None = None) -> Flask:
     Raises click.ClickException, which `flask run` prints as its sentence, where there is no sound model or the log cannot be written."""
     try:
         folder = Path(champion or os.environ.get("DEEPTUMORNET_CHAMPION") or project_root() / "models" / "champion")
-        engine = open_engine(folder)
+        engine = open_engine(folder, threads)
         address = os.environ.get("DEEPTUMORNET_PREDICTION_LOG")
         log = PredictionLog(address) if address else None
         jobs = Jobs(os.environ["DEEPTUMORNET_JOBS"]) if os.environ.get("DEEPTUMORNET_JOBS") else None

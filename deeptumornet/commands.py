@@ -176,6 +176,13 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--log", required=True, help="the prediction log, as for monitor")
     again.add_argument("--slices", type=Path, required=True, help="the folder where the site keeps the slices it asked about")
     commands.add_parser("rollback", help="bring back the champion before the last promotion")
+    archive = commands.add_parser("score", help="score every file of an archive on Spark into Parquet")
+    archive.add_argument("archive", help="a folder, or the address of one that every executor reaches")
+    archive.add_argument("--to", required=True, help="the Parquet folder that is made")
+    archive.add_argument("--master", default="local[*]", help="the Spark cluster; default: all cores of this machine")
+    commands.add_parser("share", help="send the runs that are kept here to the server in MLFLOW_TRACKING_URI")
+    hub = commands.add_parser("dagshub", help="make a DagsHub repository the DVC remote, and say how MLflow reaches it")
+    hub.add_argument("repository", help="owner/repo; the token is read from DAGSHUB_TOKEN")
     predict = commands.add_parser("predict", help="what the exported model says about PNG, JPEG or DICOM slices")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE")
     service = commands.add_parser("serve", help="the exported model as a web page and a REST service")
@@ -183,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     service.add_argument("--port", type=int, default=5000)
     service.add_argument("--workers", type=int, default=2, help="processes")
     service.add_argument("--jobs", type=Path, metavar="FILE", help="keep large batches here as jobs, slices included, until they are answered")
-    for command in (predict, service):
+    for command in (predict, service, archive):
         command.add_argument("--champion", type=Path, help="the folder of the exported model; default: models/champion of the project")
     for command in (audit, outside, predict):
         command.add_argument("--json", action="store_true", help="as JSON")
@@ -217,6 +224,19 @@ def main(words: list[str] | None = None) -> int:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
             found = retrain(open_study(), exported(None), arguments.log, arguments.slices)
             print(f"{'a new champion' if found['passes'] else 'the champion stays'}: {found['why']}; {found['used']} of {found['joined']} verified slices used")
+        elif arguments.command == "score":
+            from deeptumornet.growing import score
+
+            told = score(exported(arguments.champion), arguments.archive, arguments.to, arguments.master)
+            print(f"{told['scored']} of {told['files']} files scored, {told['refused']} refused → {arguments.to}")
+        elif arguments.command == "share":
+            from deeptumornet.sharing import send_runs
+
+            print(f"{send_runs(open_study())} runs sent")
+        elif arguments.command == "dagshub":
+            from deeptumornet.sharing import dagshub
+
+            print(dagshub(project_root(), arguments.repository))
         elif arguments.command == "report":
             from deeptumornet.report import report
 

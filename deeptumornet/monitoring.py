@@ -137,7 +137,7 @@ def false_alarms(pool: pd.DataFrame, window: int, alphas: Sequence[float], windo
         rows.append({"alpha": alpha, "k": k, "n": windows, "rate": k / windows, "low": low, "high": high, "window": window, "reference": len(values) - window})
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_monitoring.ipynb #c029
+# %% ../nbs/12_monitoring.ipynb #c031
 def performance(right: Sequence[bool], expected: float, drop: float = 0.1, alpha: float = 0.05) -> dict:
     """Of verified predictions, in time's order, whether each was `right`: `n`, `accuracy`, `low`, `high` (95 %), and whether at any time
     it had `fallen` by `drop` under `expected` (0..1), by a sequential test at `alpha`. Raises StudyError for rates that make no test."""
@@ -150,7 +150,7 @@ def performance(right: Sequence[bool], expected: float, drop: float = 0.1, alpha
     return {"n": len(right), "accuracy": float(right.mean()) if len(right) else None, "low": low, "high": high, "expected": expected,
             "evidence": evidence, "fallen": evidence >= 1 / alpha}
 
-# %% ../nbs/12_monitoring.ipynb #c033
+# %% ../nbs/12_monitoring.ipynb #c035
 def html_report(path: Path, title: str, said: str, tables: dict[str, pd.DataFrame], figures: Sequence[Path] = ()) -> Path:
     "Write a self-contained HTML page to `path`: `title`, the sentence `said`, each table under its heading, the PNG `figures` inside"
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:16px/1.5 sans-serif;"
@@ -181,7 +181,7 @@ def gauges(table: pd.DataFrame, version: str, feedback: dict | None = None) -> s
         put("accuracy_fallen", "1 where the sequential test found a fall", [("", feedback["fallen"])])
     return "\n".join(said) + "\n"
 
-# %% ../nbs/12_monitoring.ipynb #c036
+# %% ../nbs/12_monitoring.ipynb #c038
 def monitor(champion: Path, reference: Path, address: str, target: Path, alpha: float, newest: int = 500) -> dict:
     """Test the `newest` rows that the model in the folder `champion` left in the prediction log `address` against the CSV `reference`;
     drift.html and drift.prom in the folder `target`. What was decided, in `decide`'s words, with `performance` where labels came back.

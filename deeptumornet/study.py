@@ -260,23 +260,39 @@ def code_revision(root: Path) -> str:
 
 @contextmanager
 def tracked(study: Study, name: str, params: dict | None = None, nested: bool = False) -> Iterator[Any]:
-    "An MLflow run called `name` in the experiment of the study's profile, with `params`, data hash and code revision"
+    """An MLflow run called `name` in the experiment of the study's profile, with `params`, data hash and code revision.
+
+    It is kept in the workspace's mlflow.db. When it has ended it goes to the server that MLFLOW_TRACKING_URI names, if any; a server that
+    refuses or does not answer costs a sentence on stderr, and no run (see `12d_sharing`)."""
     import mlflow
 
     study.workspace.mkdir(parents=True, exist_ok=True)
+    server = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(f"sqlite:///{study.workspace / 'mlflow.db'}")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow wrote the file's address there
     experiment = f"deeptumornet-{study.profile}"
-    with FileLock(study.workspace / ".mlflow.lock"):
-        if mlflow.get_experiment_by_name(experiment) is None:
-            mlflow.create_experiment(experiment, artifact_location=(study.workspace / "mlartifacts").as_uri())
-    mlflow.set_experiment(experiment)
-    with mlflow.start_run(run_name=name, nested=nested) as run:
-        mlflow.log_params({"seed": study.seed, **(params or {})})
-        mlflow.set_tags({
-            "code_revision": code_revision(study.root),
-            "data_sha256": sha256(study.manifest) if study.manifest.exists() else "none",
-        })
-        yield run
+    try:
+        with FileLock(study.workspace / ".mlflow.lock"):
+            if mlflow.get_experiment_by_name(experiment) is None:
+                mlflow.create_experiment(experiment, artifact_location=(study.workspace / "mlartifacts").as_uri())
+        mlflow.set_experiment(experiment)
+        with mlflow.start_run(run_name=name, nested=nested) as run:
+            mlflow.log_params({"seed": study.seed, **(params or {})})
+            mlflow.set_tags({
+                "code_revision": code_revision(study.root),
+                "data_sha256": sha256(study.manifest) if study.manifest.exists() else "none",
+            })
+            yield run
+    finally:
+        if server:
+            os.environ["MLFLOW_TRACKING_URI"] = server
+    if server:
+        from deeptumornet.sharing import send_runs
+
+        try:
+            send_runs(study)
+        except StudyError as error:
+            print(f"deeptumornet: {error}", file=sys.stderr)
 
 # %% ../nbs/00_study.ipynb #c027
 def run_notebook(notebook: str, profile: str, workspace: Path | str = ".", root: Path | None = None) -> Path:

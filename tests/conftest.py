@@ -1,5 +1,11 @@
-"""What several test files share: a tiny exported champion, and phantom slices that need no file."""
+"""What several test files share: a tiny exported champion, phantom slices that need no file, a PostgreSQL server."""
 
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -9,8 +15,10 @@ from hypothesis import settings
 from PIL import Image
 
 from deeptumornet.dicom import window
+from deeptumornet.log import connect
 from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.preprocessing import prepare
+from deeptumornet.study import StudyError
 
 SIZE = 80
 settings.register_profile("repeatable", derandomize=True)
@@ -23,10 +31,14 @@ def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture(scope="session")
-def phantoms() -> list[np.ndarray]:
+def drawn() -> list[np.ndarray]:
     """Four slices in whole HU (float32), normal and with a mass in turn."""
     return [np.round(slice_hu(draw_patient(k, bool(k % 2), 0), 0.1)[0]) for k in range(4)]
+
+
+@pytest.fixture(scope="session")
+def phantoms() -> list[np.ndarray]:
+    return drawn()
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +46,7 @@ def slice_png(phantoms) -> bytes:
     return encoded(window(phantoms[1]))
 
 
-@pytest.fixture(scope="session")
-def champion(tmp_path_factory, phantoms) -> Path:
+def tiny_champion(folder: Path, phantoms: list[np.ndarray]) -> Path:
     """A champion's folder as `10_export` writes it, of two thousand untrained weights.
 
     Its head is set so that answers differ around one half, and that heat is where features are."""
@@ -59,7 +70,6 @@ def champion(tmp_path_factory, phantoms) -> Path:
     head = [np.tile([-3.0, 3.0], (8, 1)), np.array([3 * strength, -3 * strength])]
     model.get_layer("probabilities").set_weights(head)
 
-    folder = tmp_path_factory.mktemp("models")
     (folder / "tiny").mkdir()
     save_model(model, folder / "tiny" / "model.keras")
     auc = {"value": 0.91, "low": 0.84, "high": 0.96, "interval": "bootstrap over groups"}
@@ -75,3 +85,50 @@ def champion(tmp_path_factory, phantoms) -> Path:
     }
     export_champion(folder / "tiny", folder / "champion", card, reference, tolerance=1e-4)
     return folder / "champion"
+
+
+@pytest.fixture(scope="session")
+def champion(tmp_path_factory, phantoms) -> Path:
+    return tiny_champion(tmp_path_factory.mktemp("models"), phantoms)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A real PostgreSQL server on loopback, with a password; its SQLAlchemy address."""
+    found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)
+    if not found:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    folder = Path("/tmp") / f"deeptumornet-postgres-{os.getpid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "password").write_text("loopback")
+    user = {}
+    if os.geteuid() == 0:
+        try:
+            user = {"user": pwd.getpwnam("postgres").pw_uid}
+        except KeyError:
+            shutil.rmtree(folder)
+            pytest.skip("PostgreSQL does not run as root, and this machine has no user postgres")
+        for path in (folder, folder / "password"):
+            os.chown(path, user["user"], -1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run([found, "-D", folder / "data", "-U", "study", "-A", "scram-sha-256", "--pwfile", folder / "password", "-N"],
+                   check=True, capture_output=True, cwd="/tmp", **user)
+    server = subprocess.Popen([Path(found).resolve().with_name("postgres"), "-D", folder / "data", "-p", str(port), "-k", folder,
+                               "-h", "127.0.0.1", "-F"], stderr=subprocess.DEVNULL, cwd="/tmp", **user)
+    address = f"postgresql+psycopg://study:loopback@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(100):
+            try:
+                with connect(address):
+                    break
+            except StudyError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("the PostgreSQL server did not start in ten seconds")
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)

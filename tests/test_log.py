@@ -1,14 +1,11 @@
 """What was answered is in the prediction log, once, whatever happens to the service or the database; and nothing of a patient is."""
 
 import os
-import pwd
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import click
 import numpy as np
@@ -28,48 +25,6 @@ from deeptumornet.study import StudyError
 PREDICT, FEED, TOKEN = "/api/v1/predict", "/api/v1/feedback", "a-token-for-tests"
 FLAT = np.zeros((8, 8), np.uint8)
 TWO = {"normal": 0.25, "adenocarcinoma": 0.75}
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
-    """A real PostgreSQL server on loopback, with a password; its SQLAlchemy address."""
-    found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)
-    if not found:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    folder = Path("/tmp") / f"deeptumornet-postgres-{os.getpid()}"
-    folder.mkdir(mode=0o700)
-    (folder / "password").write_text("loopback")
-    user = {}
-    if os.geteuid() == 0:
-        try:
-            user = {"user": pwd.getpwnam("postgres").pw_uid}
-        except KeyError:
-            shutil.rmtree(folder)
-            pytest.skip("PostgreSQL does not run as root, and this machine has no user postgres")
-        for path in (folder, folder / "password"):
-            os.chown(path, user["user"], -1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    subprocess.run([found, "-D", folder / "data", "-U", "study", "-A", "scram-sha-256", "--pwfile", folder / "password", "-N"],
-                   check=True, capture_output=True, cwd="/tmp", **user)
-    server = subprocess.Popen([Path(found).resolve().with_name("postgres"), "-D", folder / "data", "-p", str(port), "-k", folder,
-                               "-h", "127.0.0.1", "-F"], stderr=subprocess.DEVNULL, cwd="/tmp", **user)
-    address = f"postgresql+psycopg://study:loopback@127.0.0.1:{port}/postgres"
-    try:
-        for _ in range(100):
-            try:
-                with connect(address):
-                    break
-            except StudyError:
-                time.sleep(0.1)
-        else:
-            pytest.fail("the PostgreSQL server did not start in ten seconds")
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -20,16 +20,27 @@ from .metrics import calibrate
 from .study import StudyError, atomic, read_json, sha256, write_json
 
 # %% auto #0
-__all__ = ['ENGINES', 'convert', 'Engine', 'timed', 'parity', 'choose', 'export_champion']
+__all__ = ['ENGINES', 'OUTPUTS', 'principal_axes', 'convert', 'Engine', 'timed', 'parity', 'choose', 'export_champion']
 
 # %% ../nbs/10_export.ipynb #c007
 ENGINES = {"float32": "engine.tflite", "float32_openvino": "engine.xml", "float16": "engine.float16.tflite", "int8": "engine.int8.tflite"}
 "Precision of the weights, of LiteRT where nothing else is said, and the engine's file, the most exact first"
+OUTPUTS = ("probabilities", "heat", "features")
+"What each engine gives"
 
 
-def convert(model, positive: int, folder: Path, precisions: Iterable[str] = ENGINES) -> None:
+def principal_axes(features: np.ndarray, most: int = 4) -> np.ndarray:
+    """The `most` directions in which `features` (n × d) differ most, as d × `most` float32 with zeros where there are fewer. Rounded, and turned
+    so that each one's largest part is positive, for the last bits of a decomposition are not the same everywhere."""
+    axes = np.linalg.svd(features - features.mean(0), full_matrices=False)[2][:most].T
+    axes = np.round(axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0)), 3)
+    return np.pad(axes, ((0, 0), (0, most - axes.shape[1]))).astype(np.float32)
+
+
+def convert(model, positive: int, folder: Path, axes: np.ndarray, precisions: Iterable[str] = ENGINES) -> None:
     """Write `model` (prepared slices → probabilities) to the `folder`, once for each of `precisions` and always in float32: `slices`
-    (n × size × size × 1, 0..255) → `probabilities` (n × classes), `heat` (n × rows × columns, 0..1)."""
+    (n × size × size × 1, 0..255) → `probabilities` (n × classes), `heat` (n × rows × columns, 0..1), `features` (n × axes): the last layer's
+    along the `axes` (d × axes)."""
     import keras
     import openvino
     import tensorflow as tf
@@ -43,6 +54,7 @@ def convert(model, positive: int, folder: Path, precisions: Iterable[str] = ENGI
     def run(slices):
         value = maps(slices, training=False)
         x = tf.reduce_mean(value, axis=(1, 2))
+        features = tf.matmul(x, axes)
         kernel = dense[-1].kernel
         others = tf.concat([kernel[:, :positive], kernel[:, positive + 1:]], axis=1)
         weight = tf.transpose(kernel[:, positive:positive + 1] - tf.reduce_mean(others, axis=1, keepdims=True))
@@ -51,7 +63,8 @@ def convert(model, positive: int, folder: Path, precisions: Iterable[str] = ENGI
             weight = tf.matmul(weight * tf.cast(x > 0, tf.float32), dense[0].kernel, transpose_b=True)
         probabilities = tf.nn.softmax(tf.matmul(x, kernel) + dense[-1].bias)
         heat = tf.nn.relu(tf.reduce_sum(weight[:, None, None, :] * value, axis=-1))
-        return {"probabilities": probabilities, "heat": heat / tf.maximum(tf.reduce_max(heat, axis=(1, 2), keepdims=True), 1e-12)}
+        heat = heat / tf.maximum(tf.reduce_max(heat, axis=(1, 2), keepdims=True), 1e-12)
+        return {"features": features, "heat": heat, "probabilities": probabilities}
 
     module = tf.Module()
     module.run, module.values = run, [v.value for v in model.variables]
@@ -68,8 +81,8 @@ def convert(model, positive: int, folder: Path, precisions: Iterable[str] = ENGI
         list(pool.map(make, {"float32", *precisions} - {"float32_openvino"}))
     if "float32_openvino" in precisions:
         read = openvino.Core().read_model(folder / ENGINES["float32"])
-        for output in read.outputs:
-            output.tensor.set_names({"probabilities" if len(output.partial_shape) == 2 else "heat"})
+        for name, output in zip(("features", "heat", "probabilities"), sorted(read.outputs, key=lambda one: one.any_name), strict=True):
+            output.tensor.set_names({name})
         openvino.save_model(read, folder / ENGINES["float32_openvino"], compress_to_fp16=False)
 
 # %% ../nbs/10_export.ipynb #c009
@@ -96,18 +109,19 @@ class Engine:
         its square in the slice. Raises StudyError where no lungs are found."""
         return see(pixels, self.card["input"]["size"], self.card["input"]["normalise"])
 
-    def predict(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "Calibrated probabilities (n × classes) and heat maps (n × rows × columns, 0..1) of prepared `slices` (n × size × size)"
+    def predict(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Calibrated probabilities (n × classes), heat maps (n × rows × columns, 0..1) and features (n × 4, along the principal axes of the
+        validation slices' last layer) of prepared `slices` (n × size × size)"""
         with self._lock:
-            raw, heat = (out.copy() for out in self._run(np.asarray(slices, np.float32)[..., None]))
-        return calibrate(raw, self.card["temperature"]), heat
+            raw, heat, features = (out.copy() for out in self._run(np.asarray(slices, np.float32)[..., None]))
+        return calibrate(raw, self.card["temperature"]), heat, features
 
 
 def _litert(file: Path, threads: int) -> Callable:
     from ai_edge_litert.interpreter import Interpreter
 
     run = Interpreter(model_path=str(file), num_threads=threads).get_signature_runner("serving_default")
-    return lambda slices: itemgetter("probabilities", "heat")(run(slices=slices))
+    return lambda slices: itemgetter(*OUTPUTS)(run(slices=slices))
 
 
 def _openvino(file: Path, threads: int) -> Callable:
@@ -115,7 +129,7 @@ def _openvino(file: Path, threads: int) -> Callable:
 
     run = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
                                                "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False})  # other processes use the same cores
-    return lambda slices: itemgetter("probabilities", "heat")(run(slices))
+    return lambda slices: itemgetter(*OUTPUTS)(run(slices))
 
 # %% ../nbs/10_export.ipynb #c011
 def timed(runs: Mapping[str, Callable], slices: np.ndarray, rounds: int = 15) -> dict[str, dict[str, float]]:
@@ -169,6 +183,7 @@ def export_champion(model_dir: Path, target: Path, card: dict, reference: np.nda
 
     `reference` are prepared validation slices (uint8, n × size × size): each engine is held against Keras on all of them, and 256 are kept
     with their probabilities for monitoring. `precisions`, of ENGINES, are made. Raises StudyError where no engine is within `tolerance` of Keras (see `choose`)."""
+    import keras
     import tensorflow as tf
 
     from deeptumornet.training import load_model
@@ -176,23 +191,25 @@ def export_champion(model_dir: Path, target: Path, card: dict, reference: np.nda
     model = load_model(model_dir / "model.keras")
     positive = card["classes"].index(card["positive"])
     any_number = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)  # traced once
-    graph = tf.function(lambda x: model(x, training=False), input_signature=[any_number])
+    whole = keras.Model(model.input, [model.output, model.get_layer("features").output])
+    graph = tf.function(lambda x: whole(x, training=False), input_signature=[any_number])
 
-    def keras_run(slices: np.ndarray) -> np.ndarray:
-        return calibrate(graph(tf.constant(slices[..., None], tf.float32)).numpy(), card["temperature"])
+    def keras_run(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raw, features = graph(tf.constant(slices[..., None], tf.float32))
+        return calibrate(raw.numpy(), card["temperature"]), features.numpy()
 
+    batches = np.array_split(reference, -(-len(reference) // 32))
+    truth, features = (np.concatenate(part) for part in zip(*map(keras_run, batches), strict=True))
     with atomic(target) as folder:
         folder.mkdir()
         shutil.copyfile(model_dir / "model.keras", folder / "model.keras")
-        convert(model, positive, folder, precisions)
+        convert(model, positive, folder, principal_axes(features), precisions)
         card = {"name": "deeptumornet", "version": sha256(folder / "model.keras")[:8], "engine": ENGINES["float32"], **card}
         card["files"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         write_json(folder / "card.json", card)
 
-        truth = np.concatenate([keras_run(batch) for batch in np.array_split(reference, -(-len(reference) // 32))])
         engines = {p: Engine(folder, precision=p) for p in precisions}
-        served = {p: np.concatenate([engine.predict(batch)[0] for batch in np.array_split(reference, -(-len(reference) // 32))])
-                  for p, engine in engines.items()}
+        served = {p: np.concatenate([engine.predict(batch)[0] for batch in batches]) for p, engine in engines.items()}
         costs = timed({"keras": keras_run, **{p: engine.predict for p, engine in engines.items()}}, reference)
         compared = {p: {**parity(served[p], truth, positive, card["threshold"]["value"]), **costs[p]} for p in precisions}
         chosen = choose(compared, tolerance)

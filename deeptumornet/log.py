@@ -33,11 +33,13 @@ class LogError(StudyError):
     "The log's database cannot be used"
 
 # %% auto #0
-__all__ = ['STATISTICS', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'LogError', 'image_statistics', 'now', 'connect',
+__all__ = ['STATISTICS', 'FEATURES', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'LogError', 'image_statistics', 'now', 'connect',
            'PredictionLog', 'read_log', 'verified', 'add_feedback']
 
 # %% ../nbs/12a_log.ipynb #c006
 STATISTICS = ("mean", "std", "sharpness", "dark")
+FEATURES = ("feature_1", "feature_2", "feature_3", "feature_4")
+"Columns of the last layer's features, as the engine gives them"
 _META = sa.MetaData()
 PREDICTIONS = sa.Table(
     "predictions", _META, sa.Column("id", sa.String(32), primary_key=True), sa.Column("time", sa.String(32), nullable=False, index=True),
@@ -131,12 +133,12 @@ class PredictionLog:
 
     def record(self, version: str, image_id: str, probabilities: dict[str, float], prepared: np.ndarray,
                features: np.ndarray | None = None) -> str:
-        """Write one prediction about the `prepared` slice (uint8, size × size), with the last layer's `features` (1-D) where the
-        engine gives them; its identifier. When it returns, a kill of this process no longer loses it.
+        """Write one prediction about the `prepared` slice (uint8, size × size), with the last layer's `features` (one for each of FEATURES);
+        its identifier. When it returns, a kill of this process no longer loses it.
 
         A log that cannot be written is reported to the server's own log; it costs nobody the answer."""
         row = {"id": uuid.uuid4().hex, "time": now(), "version": version, "image_id": image_id, "probabilities": probabilities,
-               "features": None if features is None else [round(float(v), 5) for v in features], **image_statistics(prepared)}
+               "features": None if features is None else [float(v) for v in features], **image_statistics(prepared)}
         line = json.dumps(row).encode() + b"\n"
         try:
             with self._lock:
@@ -233,7 +235,7 @@ def _there(address: str | Path) -> None:
 
 
 def read_log(address: str | Path, version: str, positive: str) -> pd.DataFrame:
-    """The predictions of the model `version`, oldest first: `id`, `time`, the STATISTICS, `probability` of `positive`, `decided_label` the
+    """The predictions of the model `version`, oldest first: `id`, `time`, the STATISTICS, the FEATURES, `probability` of `positive`, `decided_label` the
     latest feedback's label, or None.
 
     Raises StudyError where the database is missing or is no prediction log."""
@@ -242,10 +244,10 @@ def read_log(address: str | Path, version: str, positive: str) -> pd.DataFrame:
         rows = database.execute(sa.select(PREDICTIONS).where(PREDICTIONS.c.version == version)
                                 .order_by(PREDICTIONS.c.time, PREDICTIONS.c.id)).mappings().all()
         said = dict(database.execute(sa.select(FEEDBACK.c.id, FEEDBACK.c.label).order_by(FEEDBACK.c.number)).all())
-    table = pd.DataFrame([{"id": r["id"], "time": r["time"], **{k: r[k] for k in STATISTICS}, "probability": r["probabilities"][positive],
-                           "decided_label": said.get(r["id"])} for r in rows],
-                         columns=["id", "time", *STATISTICS, "probability", "decided_label"])
-    return table.astype({k: float for k in (*STATISTICS, "probability")})
+    table = pd.DataFrame([{"id": r["id"], "time": r["time"], **{k: r[k] for k in STATISTICS}, **dict(zip(FEATURES, r["features"] or (), strict=False)),
+                           "probability": r["probabilities"][positive], "decided_label": said.get(r["id"])} for r in rows],
+                         columns=["id", "time", *STATISTICS, *FEATURES, "probability", "decided_label"])
+    return table.astype({k: float for k in (*STATISTICS, *FEATURES, "probability")})
 
 
 def verified(address: str | Path) -> dict[str, str]:

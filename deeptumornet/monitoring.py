@@ -15,24 +15,33 @@ import pandas as pd
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import false_discovery_control
 
-from .log import STATISTICS, image_statistics
+from .export import Engine
+from .log import FEATURES, STATISTICS, image_statistics
 from .metrics import wilson
 from .study import StudyError, atomic
 
-WATCHED = (*STATISTICS, "probability")
+WATCHED = (*STATISTICS, *FEATURES, "probability")
 "The quantities that are tested, each by itself and all together"
 LEAST_WINDOW = 20
 "Fewer slices than this are no window: only gross shifts could be found in them"
 
 # %% auto #0
-__all__ = ['WATCHED', 'LEAST_WINDOW', 'statistics_table', 'stability', 'drift_table', 'decide', 'false_alarms', 'performance',
-           'html_report', 'gauges', 'monitor']
+__all__ = ['WATCHED', 'LEAST_WINDOW', 'statistics_table', 'watched', 'stability', 'drift_table', 'decide', 'false_alarms',
+           'performance', 'html_report', 'gauges', 'monitor']
 
 # %% ../nbs/12_monitoring.ipynb #c007
-def statistics_table(slices: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
-    "One row per prepared slice (uint8, n × size × size): its `image_statistics`, and the positive class's `probability` (n, 0..1)"
-    rows = [image_statistics(pixels) for pixels in slices]
-    return pd.DataFrame(rows, columns=list(STATISTICS)).assign(probability=np.asarray(probability))
+def statistics_table(slices: np.ndarray, probability: np.ndarray, features: np.ndarray) -> pd.DataFrame:
+    """One row per prepared slice (uint8, n × size × size), its columns WATCHED: its `image_statistics`, the engine's `features` (n × 4) and
+    the positive class's `probability` (n, 0..1)"""
+    rows = [(*image_statistics(pixels).values(), *named, p) for pixels, named, p in zip(slices, features, probability, strict=True)]
+    return pd.DataFrame(rows, columns=list(WATCHED), dtype=float)
+
+
+def watched(engine: Engine, slices: np.ndarray) -> pd.DataFrame:
+    "The `statistics_table` of prepared slices (uint8, n × size × size), with what the `engine` says of them"
+    answers = zip(*(engine.predict(slices[k:k + 32]) for k in range(0, len(slices), 32)), strict=True)
+    probabilities, _, features = map(np.concatenate, answers)
+    return statistics_table(slices, probabilities[:, engine.card["classes"].index(engine.card["positive"])], features)
 
 # %% ../nbs/12_monitoring.ipynb #c012
 def _permuted(n: int, m: int, permutations: int, rng: np.random.Generator) -> np.ndarray:

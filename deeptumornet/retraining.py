@@ -27,7 +27,7 @@ from .export import Engine
 from .groups import assert_no_leak
 from .log import now, verified
 from .metrics import group_weights, summarise, weighted_auc
-from .monitoring import html_report, statistics_table
+from .monitoring import html_report, watched
 from .preprocessing import complete, examine, load_manifest, read_slice
 from .study import Study, StudyError, atomic, open_study, progress, read_json, run_notebook, write_csv, write_json
 
@@ -297,7 +297,7 @@ def retrain(study: Study, champion: Path, log: str | Path, kept: Path) -> dict:
             shutil.copytree(target.champion, temporary)
         known = manifest[manifest["split"] == "validation"].drop_duplicates("group")
         engine = Engine(kept_as)
-        write_csv(champion.parent / "references" / f"{kept_as.name}.csv", statistics_table(_prepared(target)(known), _asked(engine, known, _prepared(target))))
+        write_csv(champion.parent / "references" / f"{kept_as.name}.csv", watched(engine, _prepared(target)(known)))
         found["entry"] = register(study, kept_as, found)
         fate = mine["reason"].where(mine["status"] == "excluded", "used for training").str.replace(r"copy of .*", "copy of another slice", regex=True)
         html_report(target.workspace / "retraining.html", "Retraining", f"{'A new champion' if found['passes'] else 'The champion stays'}: {found['why']}.",

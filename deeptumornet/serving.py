@@ -162,7 +162,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
     with _AT_WORK:
         found = Slice(data, "pixels", "L") if isinstance(data, np.ndarray) else read_upload(data)
         prepared, place = engine.prepare(found.pixels)
-        probabilities, heat = engine.predict(prepared[None])
+        probabilities, heat, features = engine.predict(prepared[None])
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {
@@ -172,7 +172,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
         "warnings": cautions(card, found, prepared),
     }
     if log:
-        content["id"] = log.record(card["version"], found.image_id, p, prepared)
+        content["id"] = log.record(card["version"], found.image_id, p, prepared, features[0])
     if heat_map:
         coloured = overlay(heat[0], found.height, found.width, place)
         grey = Image.fromarray(found.pixels)

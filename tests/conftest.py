@@ -31,14 +31,10 @@ def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def drawn() -> list[np.ndarray]:
-    """Four slices in whole HU (float32), normal and with a mass in turn."""
-    return [np.round(slice_hu(draw_patient(k, bool(k % 2), 0), 0.1)[0]) for k in range(4)]
-
-
 @pytest.fixture(scope="session")
 def phantoms() -> list[np.ndarray]:
-    return drawn()
+    """Four slices in whole HU (float32), normal and with a mass in turn."""
+    return [np.round(slice_hu(draw_patient(k, bool(k % 2), 0), 0.1)[0]) for k in range(4)]
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +42,8 @@ def slice_png(phantoms) -> bytes:
     return encoded(window(phantoms[1]))
 
 
-def tiny_champion(folder: Path, phantoms: list[np.ndarray]) -> Path:
+@pytest.fixture(scope="session")
+def champion(tmp_path_factory, phantoms) -> Path:
     """A champion's folder as `10_export` writes it, of two thousand untrained weights.
 
     Its head is set so that answers differ around one half, and that heat is where features are."""
@@ -70,6 +67,7 @@ def tiny_champion(folder: Path, phantoms: list[np.ndarray]) -> Path:
     head = [np.tile([-3.0, 3.0], (8, 1)), np.array([3 * strength, -3 * strength])]
     model.get_layer("probabilities").set_weights(head)
 
+    folder = tmp_path_factory.mktemp("models")
     (folder / "tiny").mkdir()
     save_model(model, folder / "tiny" / "model.keras")
     auc = {"value": 0.91, "low": 0.84, "high": 0.96, "interval": "bootstrap over groups"}
@@ -85,11 +83,6 @@ def tiny_champion(folder: Path, phantoms: list[np.ndarray]) -> Path:
     }
     export_champion(folder / "tiny", folder / "champion", card, reference, tolerance=1e-4)
     return folder / "champion"
-
-
-@pytest.fixture(scope="session")
-def champion(tmp_path_factory, phantoms) -> Path:
-    return tiny_champion(tmp_path_factory.mktemp("models"), phantoms)
 
 
 @pytest.fixture(scope="session")

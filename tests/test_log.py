@@ -17,8 +17,8 @@ from conftest import encoded
 from deeptumornet import log as log_module
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.export import Engine
-from deeptumornet.log import FEEDBACK, STATISTICS, PredictionLog, connect, image_statistics, read_log
-from deeptumornet.monitoring import statistics_table
+from deeptumornet.log import FEEDBACK, PredictionLog, connect, image_statistics, read_log
+from deeptumornet.monitoring import WATCHED, watched
 from deeptumornet.serving import create_app
 from deeptumornet.study import StudyError
 
@@ -106,8 +106,8 @@ def test_the_service_logs_what_monitoring_reads(champion, phantoms, tmp_path, mo
     app.config["PREDICTION_LOG"].close()
     read = read_log(path, engine.card["version"], "adenocarcinoma").set_index("id").loc[[answer["id"] for answer in said]]
     prepared = np.stack([engine.prepare(window(hu))[0] for hu in phantoms])
-    pd.testing.assert_frame_equal(read[[*STATISTICS, "probability"]].reset_index(drop=True),
-                                  statistics_table(prepared, [answer["probability"] for answer in said]))
+    assert np.allclose(read["probability"], [answer["probability"] for answer in said], atol=1e-6)
+    pd.testing.assert_frame_equal(read[list(WATCHED)].reset_index(drop=True), watched(engine, prepared), rtol=1e-3)
 
 
 def test_feedback_needs_the_token_a_known_prediction_and_a_class(champion, slice_png, tmp_path, monkeypatch):

@@ -104,10 +104,10 @@ def test_monitor_reads_the_log_and_writes_report_and_gauges(champion, tmp_path):
     card = read_json(champion / "card.json")
     rng = np.random.default_rng(0)
     slices = rng.integers(0, 255, (60, 8, 8)).astype(np.uint8)
-    reference = statistics_table(slices[:30], rng.random(30) / 10)
+    reference = statistics_table(slices[:30], rng.random(30) / 10, rng.random((30, 4)))
     reference.to_csv(tmp_path / "reference.csv", index=False)
     log = PredictionLog(tmp_path / "log.sqlite", pause=60)
-    ids = [log.record(card["version"], "i", {"adenocarcinoma": 0.9, "normal": 0.1}, s) for s in slices[30:]]
+    ids = [log.record(card["version"], "i", {"adenocarcinoma": 0.9, "normal": 0.1}, s, rng.random(4)) for s in slices[30:]]
     for one in ids[:20]:
         log.feedback(one, "normal", "A", card["classes"])
     log.close()

@@ -81,7 +81,7 @@ def opened(url: str) -> Image.Image:
 def test_answer_is_the_engines(client, champion, slice_png):
     said = client.post(PREDICT, data=slice_png).json
     engine = Engine(champion)
-    p, _ = engine.predict(engine.prepare(read_slice(slice_png, "a.png").pixels)[0][None])
+    p, *_ = engine.predict(engine.prepare(read_slice(slice_png, "a.png").pixels)[0][None])
     assert said["probability"] == said["probabilities"]["adenocarcinoma"] == p[0, 1]
     assert list(said["probabilities"]) == ["normal", "adenocarcinoma"]
     assert said["class"] == max(said["probabilities"], key=said["probabilities"].get)

@@ -131,7 +131,8 @@ def at(monkeypatch):
 
 def shell(folder: Path, *words: str, **env: str) -> str:
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120, env=os.environ | {"PATH": tools} | env)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120,
+                          env=os.environ | {"PATH": tools} | env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,25 +1,22 @@
-"""An answer of the service with the prediction log by one without it, for a network that is faster than any that is served."""
+"""An answer of the service with the prediction log by one without it."""
 
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from bench_serving import HOW, make_champion, pngs
 from benchmark import save, seconds
 from tqdm import tqdm
 
-from deeptumornet.dicom import window
 from deeptumornet.log import PredictionLog, read_log
 from deeptumornet.serving import create_app
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import drawn, encoded, tiny_champion  # noqa: E402
-
-ROUNDS, PAIRS = 7, 400
+ROUNDS, PAIRS = 7, 100
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        champion, png = tiny_champion(Path(name), drawn()), encoded(window(drawn()[1]))
+        files = pngs()
+        champion, png = make_champion(Path(name), files), files[1]
         without, with_log = create_app(champion), create_app(champion)
         log = with_log.config["PREDICTION_LOG"] = PredictionLog(Path(name) / "log.sqlite")
         clients, ratios, milliseconds = [app.test_client() for app in (without, with_log)], [], []
@@ -33,5 +30,6 @@ if __name__ == "__main__":
         log.close()
         rows = len(read_log(log.address, with_log.test_client().get("/api/v1/model").json["version"], "normal"))
         assert rows == ROUNDS * PAIRS, rows
-    save("log_cost", ratios, "at most 1.02", f"median of {PAIRS} answers with the prediction log (SQLite) by that without, asked in turn, "
-         "of a network of two thousand weights", milliseconds=milliseconds, rows=rows)
+    save("log_cost", ratios, "at most 1.02",
+         f"median of {PAIRS} answers with the prediction log (SQLite) by that without, asked in turn; {HOW}",
+         milliseconds=milliseconds, rows=rows)

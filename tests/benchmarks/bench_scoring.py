@@ -38,8 +38,8 @@ def kill_an_executor(target: Path, killed: list[int]) -> None:
     """Kill -9 an executor of this process when a third of the tasks have written their rows."""
     while len(list(target.glob("_temporary/*/task_*/*.parquet"))) < 100:
         time.sleep(0.2)
-    ours = psutil.Process().children(recursive=True)
-    executor = next(p for p in ours if "org.apache.spark.executor.CoarseGrainedExecutorBackend" in p.cmdline())
+    executor = next(p for p in psutil.process_iter(["cmdline"]) if psutil.Process() in p.parents()
+                    and "org.apache.spark.executor.CoarseGrainedExecutorBackend" in (p.info["cmdline"] or []))
     killed.append(executor.pid)
     executor.kill()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,8 +35,8 @@ class LogError(StudyError):
     "The log's database cannot be used"
 
 # %% auto #0
-__all__ = ['STATISTICS', 'FEATURES', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'LogError', 'image_statistics', 'now', 'connect',
-           'PredictionLog', 'read_log', 'verified', 'add_feedback']
+__all__ = ['STATISTICS', 'FEATURES', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'MOST_DAYS', 'MOST_ROWS', 'LogError',
+           'image_statistics', 'now', 'connect', 'PredictionLog', 'read_log', 'verified', 'add_feedback']
 
 # %% ../nbs/12a_log.ipynb #c006
 STATISTICS = ("mean", "std", "sharpness", "dark")
@@ -67,6 +69,8 @@ def now() -> str:
 # %% ../nbs/12a_log.ipynb #c009
 LARGEST_SPOOL = 256 * 2**20
 "Bytes that may wait for the database; past it new rows are refused, loudly"
+MOST_DAYS, MOST_ROWS = 365.0, 1_000_000
+"Days that a prediction is kept, and predictions that are kept at most"
 
 
 def _url(address: str | Path) -> sa.URL:
@@ -111,11 +115,12 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
 
 class PredictionLog:
     """Predictions and feedback in the database at `address` (a SQLAlchemy URL or an SQLite file), through the folder `spool`
-    (default: beside an SQLite file, else `predictions.spool` here). Safe from several threads and processes.
+    (default: beside an SQLite file, else `predictions.spool` here). Safe from several threads and processes. What is older than MOST_DAYS, and
+    the oldest beyond MOST_ROWS, goes every `tidy` seconds.
 
     Raises StudyError where the database or the folder cannot be used when it is opened."""
 
-    def __init__(self, address: str | Path, spool: Path | str | None = None, pause: float = 1.0):
+    def __init__(self, address: str | Path, spool: Path | str | None = None, pause: float = 1.0, tidy: float = 3600.0):
         self.address, url = address, _url(address)
         beside = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
         self.spool = Path(spool or (f"{url.database}.spool" if beside else "predictions.spool"))
@@ -127,7 +132,7 @@ class PredictionLog:
             raise StudyError(f"the folder {self.spool} for waiting predictions cannot be made ({error.strerror}): name another") from error
         self._file, self._lock, self._stop, self._silent = None, threading.Lock(), threading.Event(), False
         self._waiting = sum(p.stat().st_size for p in self.spool.glob("*.*") if p.suffix in (".open", ".ready"))
-        self._pause = pause
+        self._pause, self._tidy = pause, tidy
         self._thread = threading.Thread(target=self._move, daemon=True)
         self._thread.start()
 
@@ -186,9 +191,13 @@ class PredictionLog:
         return moved
 
     def _move(self) -> None:
+        tidied = -math.inf
         while not self._stop.wait(self._pause):
             try:
                 self.flush()
+                if time.monotonic() - tidied >= self._tidy:
+                    self.keep(MOST_DAYS, MOST_ROWS)
+                    tidied = time.monotonic()
                 self._silent = False
             except (StudyError, OSError) as error:
                 if not self._silent:

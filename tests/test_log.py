@@ -196,6 +196,18 @@ def test_a_log_that_cannot_be_opened(champion, tmp_path, monkeypatch):
         read_log(tmp_path / "a.sqlite", "v", "a")
 
 
+def test_the_oldest_rows_go_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "MOST_ROWS", 3)
+    log = PredictionLog(tmp_path / "log.sqlite", pause=0.01, tidy=0)
+    ids = [log.record("v", "i", TWO, FLAT) for _ in range(5)]
+    deadline = time.monotonic() + 30
+    while len(read_log(tmp_path / "log.sqlite", "v", "normal")) != 3 or log.flush():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    log.close()
+    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) <= set(ids)
+
+
 def test_a_wrong_password_is_a_sentence_without_it(postgres, tmp_path):
     with pytest.raises(StudyError, match="cannot be written or read") as error:
         PredictionLog(postgres.replace("loopback", "wrong-secret"), tmp_path / "spool")

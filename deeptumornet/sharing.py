@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import requests
@@ -81,12 +79,18 @@ def dagshub(root: Path, repository: str) -> str:
     """Make the DagsHub `repository` (owner/repo) the DVC remote of the project in `root`; the words that set MLflow's address. The token is
     read from DAGSHUB_TOKEN, another host from DAGSHUB_CLIENT_HOST, as DagsHub's own client does.
 
-    Raises StudyError, and changes nothing, where the name or the token is missing or refused, or the host does not answer."""
+    Raises StudyError, and changes nothing, where the name or the token is missing or refused, the host does not answer, or DVC is missing."""
+    try:
+        from dvc.config import Config
+    except ImportError:
+        raise StudyError("DVC is not installed: run pip install 'deeptumornet[study]'") from None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise StudyError(f"{repository!r} names no DagsHub repository: write owner/repo")
     token, host = os.environ.get("DAGSHUB_TOKEN", ""), os.environ.get("DAGSHUB_CLIENT_HOST", "https://dagshub.com").rstrip("/")
     if not token:
         raise StudyError("DAGSHUB_TOKEN is not set: make a token in DagsHub's settings, and set it in the shell, not in a file")
+    if not (root / ".dvc").is_dir():
+        raise StudyError(f"{root} has no folder .dvc: run `dvc init` there first")
     tracking = f"{host}/{repository}.mlflow"
     try:
         answer = requests.get(f"{tracking}/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": "Default"}, auth=(token, token), timeout=20)
@@ -96,11 +100,14 @@ def dagshub(root: Path, repository: str) -> str:
         raise StudyError(f"{host} refuses the token for {repository} ({answer.status_code}): make another that may write to it")
     if "experiment" not in answer.text and "RESOURCE_DOES_NOT_EXIST" not in answer.text:
         raise StudyError(f"{tracking} is no MLflow server (it answers {answer.status_code}): see the repository's name")
-    remote = [("add", "--force", "--default", "dagshub", f"{host}/{repository}.dvc"),
-              *(("modify", "--local", "dagshub", *pair) for pair in (("auth", "basic"), ("user", token), ("password", token)))]
-    for words in remote:
-        done = subprocess.run([sys.executable, "-m", "dvc", "remote", *words], cwd=root, capture_output=True, text=True)
-        if done.returncode:
-            raise StudyError(f"DVC did not take the remote ({done.stderr.strip().splitlines()[-1]})")
+    config = Config(dvc_dir=str(root / ".dvc"))  # not by `dvc remote modify`, whose words every user of the machine can read
+    with config.edit("repo") as shared:
+        shared.setdefault("core", {})["remote"] = "dagshub"
+        shared.setdefault("remote", {})["dagshub"] = {"url": f"{host}/{repository}.dvc"}
+    secret = root / ".dvc" / "config.local"
+    secret.touch(0o600)
+    secret.chmod(0o600)
+    with config.edit("local") as own:
+        own.setdefault("remote", {})["dagshub"] = {"auth": "basic", "user": token, "password": token}
     return (f"export MLFLOW_TRACKING_URI={tracking}\nexport MLFLOW_TRACKING_USERNAME=$DAGSHUB_TOKEN\n"
             "export MLFLOW_TRACKING_PASSWORD=$DAGSHUB_TOKEN")

@@ -90,7 +90,7 @@ def test_it_runs_from_end_to_end(project):
 
 def test_nothing_changed_nothing_runs(project):
     took = []
-    while not took or (took[-1] >= 5 and len(took) < 3):  # other tests run beside this one
+    while not took or (took[-1] >= 5 and len(took) < 9):  # other tests run beside this one
         start = time.monotonic()
         assert project.ran() == []
         took.append(time.monotonic() - start)

@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 
 import click
+import keras
 import numpy as np
 import pydicom
 import pytest
@@ -32,12 +33,15 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from werkzeug.serving import make_server
 
 from deeptumornet.dicom import window, write_dicom
-from deeptumornet.export import Engine
+from deeptumornet.explanation import grad_cam
+from deeptumornet.export import ENGINES, Engine, principal_axes
 from deeptumornet.jobs import Jobs
 from deeptumornet.lungs import see
+from deeptumornet.metrics import calibrate
 from deeptumornet.preprocessing import read_slice
 from deeptumornet.serving import HEADERS, LARGEST_BODY, MOST_ITEMS, create_app
 from deeptumornet.study import sha256
+from deeptumornet.training import load_model
 
 PREDICT = "/api/v1/predict"
 INFER = "/v2/models/deeptumornet/infer"
@@ -428,6 +432,23 @@ def test_marks_and_strange_slices_are_warned_of(champion, slice_png, phantoms):
     arrow = np.dstack([found.pixels] * 3)
     arrow[100:120, 100:120] = (255, 0, 0)
     assert any("coloured marks" in w for w in cautions(card, read_slice(encoded(arrow), "a.png"), prepared))
+
+
+@pytest.mark.parametrize("precision", ENGINES)
+def test_each_engine_is_keras(champion, phantoms, precision):
+    model, engine = load_model(champion / "model.keras"), Engine(champion, precision=precision)
+    slices = np.stack([engine.prepare(window(hu))[0] for hu in phantoms])
+    probabilities, heat, features = engine.predict(slices)
+    close = {"float32": 1e-5, "float32_openvino": 1e-5, "float16": 1e-2, "int8": 0.1}[precision]
+    truth = calibrate(model(slices[..., None].astype("float32"), training=False).numpy(), engine.card["temperature"])
+    np.testing.assert_allclose(probabilities, truth, atol=close)
+    np.testing.assert_allclose(heat, grad_cam(model, slices, 1), atol=5 * close)
+    pooled = keras.Model(model.input, model.get_layer("features").output)
+    reference = np.load(champion / "reference.npz")["slices"]
+    axes = principal_axes(pooled(reference[..., None].astype("float32")).numpy())
+    expected = pooled(slices[..., None].astype("float32")).numpy() @ axes
+    np.testing.assert_allclose(features, expected, atol=5 * close * np.abs(expected).max())
+    assert np.ptp(expected[:, 0]) > 0
 
 
 def test_schemathesis_finds_nothing(champion, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ class LogError(StudyError):
     "The log's database cannot be used"
 
 # %% auto #0
-__all__ = ['STATISTICS', 'FEATURES', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'MOST_DAYS', 'MOST_ROWS', 'LogError',
+__all__ = ['STATISTICS', 'FEATURES', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'MOST_DAYS', 'MOST_ROWS', 'PATIENCE', 'LogError',
            'image_statistics', 'now', 'connect', 'PredictionLog', 'read_log', 'verified', 'add_feedback']
 
 # %% ../nbs/12a_log.ipynb #c006
@@ -71,6 +71,8 @@ LARGEST_SPOOL = 256 * 2**20
 "Bytes that may wait for the database; past it new rows are refused, loudly"
 MOST_DAYS, MOST_ROWS = 365.0, 1_000_000
 "Days that a prediction is kept, and predictions that are kept at most"
+PATIENCE = 5
+"Seconds that a connection and a lock are waited for at most; a statement may take ten times as long"
 
 
 def _url(address: str | Path) -> sa.URL:
@@ -100,10 +102,13 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
 
     Raises LogError, which never quotes a password, where the database cannot be used."""
     url = _url(address)
-    sqlite = url.get_backend_name() == "sqlite"
+    kind = url.get_backend_name()
     try:
-        engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={"timeout": 5} if sqlite else {})
-        if sqlite:
+        patience = {"sqlite": {"timeout": PATIENCE},
+                    "postgresql": {"connect_timeout": PATIENCE, "tcp_user_timeout": 10_000 * PATIENCE,
+                                   "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={10 * PATIENCE}s"}}.get(kind, {})
+        engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={k: v for k, v in patience.items() if k not in url.query})
+        if kind == "sqlite":
             sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA journal_mode=WAL"))
         _make_tables(engine)
         with engine.begin() as connection:
@@ -151,9 +156,12 @@ class PredictionLog:
                     raise OSError(f"{self._waiting >> 20} MiB wait for the database already")
                 if self._file is None:
                     self._file = os.open(self.spool / f"{os.getpid()}-{uuid.uuid4().hex}.open", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-                if os.write(self._file, line) < len(line):
+                written = os.write(self._file, line)
+                self._waiting += written
+                if written < len(line):
+                    os.close(self._file)
+                    self._file = None  # the torn line ends its segment, so no later row is glued to it
                     raise OSError("the disk is full")
-                self._waiting += len(line)
         except OSError as error:
             logging.getLogger(__name__).error("a prediction is missing from the log %s: %s", self.spool, error)
         return row["id"]
@@ -176,7 +184,7 @@ class PredictionLog:
                     try:
                         rows.append(json.loads(line))
                     except ValueError:
-                        logging.getLogger(__name__).error("a torn line in %s was left out: its prediction was not answered", segment)
+                        logging.getLogger(__name__).error("a torn line in %s was left out: the disk was full or the process was killed", segment)
                 with connect(self.address) as database:
                     for k in range(0, len(rows), 500):
                         part = rows[k:k + 500]
@@ -196,7 +204,7 @@ class PredictionLog:
             try:
                 self.flush()
                 if time.monotonic() - tidied >= self._tidy:
-                    self.keep(MOST_DAYS, MOST_ROWS)
+                    self.keep(MOST_DAYS, MOST_ROWS, share=0.5)
                     tidied = time.monotonic()
                 self._silent = False
             except (StudyError, OSError) as error:
@@ -224,17 +232,24 @@ class PredictionLog:
                 raise StudyError("no such prediction is in the log: send the `id` that the service answered with")
             database.execute(sa.insert(FEEDBACK).values(id=prediction, label=label, who=who.strip(), time=now()))
 
-    def keep(self, days: float, rows: int) -> int:
+    def keep(self, days: float, rows: int, share: float = 1.0) -> int:
         """Delete predictions older than `days`, and the oldest beyond `rows`, with their feedback; how many went.
 
-        Age is told by each row's own time, so a clock that jumped forward and back deletes nothing that is young by today's clock."""
-        oldest = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
+        Where more than `share` (0..1) of the log is too old at once, a clock that jumped forward is likelier than so long a silence: then
+        nothing goes by its age, and the server's own log says so."""
+        too_old = PREDICTIONS.c.time < (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
         with connect(self.address) as database:
-            gone = database.execute(sa.delete(PREDICTIONS).where(PREDICTIONS.c.time < oldest)).rowcount
+            every, old = (database.scalar(sa.select(sa.func.count()).select_from(PREDICTIONS).where(which)) for which in (sa.true(), too_old))
+            if old > share * every:
+                logging.getLogger(__name__).error("%d of the log's %d predictions are older than %g days and were kept, for the clock may have "
+                                                  "jumped: if it is right, delete them with PredictionLog(...).keep(%g, %d)",
+                                                  old, every, days, days, rows)
+            else:
+                database.execute(sa.delete(PREDICTIONS).where(too_old))
             newest = sa.select(PREDICTIONS.c.id).order_by(PREDICTIONS.c.time.desc(), PREDICTIONS.c.id).limit(rows).subquery()
-            gone += database.execute(sa.delete(PREDICTIONS).where(PREDICTIONS.c.id.not_in(sa.select(newest.c.id)))).rowcount
+            database.execute(sa.delete(PREDICTIONS).where(PREDICTIONS.c.id.not_in(sa.select(newest.c.id))))
             database.execute(sa.delete(FEEDBACK).where(FEEDBACK.c.id.not_in(sa.select(PREDICTIONS.c.id))))
-        return gone
+            return every - database.scalar(sa.select(sa.func.count()).select_from(PREDICTIONS))
 
 # %% ../nbs/12a_log.ipynb #c011
 def _there(address: str | Path) -> None:

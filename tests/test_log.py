@@ -1,11 +1,13 @@
 """What was answered is in the prediction log, once, whatever happens to the service or the database; and nothing of a patient is."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 
 import click
 import numpy as np
@@ -156,21 +158,54 @@ def test_many_threads_lose_no_row(champion, slice_png, tmp_path):
     assert sorted(read_log(tmp_path / "log.sqlite", Engine(champion).card["version"], "normal")["id"]) == sorted(told)
 
 
-def test_a_locked_database_delays_rows_and_no_answer(champion, slice_png, tmp_path, caplog):
+def test_a_locked_database_delays_rows_and_no_answer(champion, slice_png, address, tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "PATIENCE", 2)
+    monkeypatch.setenv("DEEPTUMORNET_FEEDBACK_TOKEN", TOKEN)
     app = create_app(champion)
-    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite", pause=60)
-    with sa.create_engine(f"sqlite:///{tmp_path / 'log.sqlite'}").connect() as other:
-        other.exec_driver_sql("BEGIN EXCLUSIVE")
+    client = app.test_client()
+    app.config["PREDICTION_LOG"] = log = PredictionLog(address, tmp_path / "spool", pause=60)
+    with sa.create_engine(address, poolclass=sa.NullPool).connect() as other:
+        other.exec_driver_sql("BEGIN EXCLUSIVE" if address.startswith("sqlite") else "LOCK TABLE predictions IN ACCESS EXCLUSIVE MODE")
         start = time.perf_counter()
-        told = app.test_client().post(PREDICT, data=slice_png).json["id"]
-        assert time.perf_counter() - start < 3
-        with pytest.raises(StudyError, match="cannot be written or read .*locked"):
-            log.flush()
+        told = client.post(PREDICT, data=slice_png).json["id"]
+        assert time.perf_counter() - start < 2
+        said = client.post(FEED, json={"id": told, "label": "normal", "who": "A"}, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert said.status_code == 503 and re.search("cannot be written or read .*lock", said.json["detail"])
+        assert time.perf_counter() - start < 20
     log.close()
-    assert read_log(tmp_path / "log.sqlite", Engine(champion).card["version"], "normal")["id"].tolist() == [told]
+    assert read_log(address, Engine(champion).card["version"], "normal")["id"].tolist() == [told]
 
 
-def test_a_database_that_is_gone_or_full_keeps_rows_waiting(tmp_path, monkeypatch, caplog):
+def test_a_database_of_a_server_that_is_gone_and_comes_back(postgres, tmp_path):
+    with sa.create_engine(postgres, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool).connect() as server:
+        server.exec_driver_sql("CREATE DATABASE passing")
+        address = postgres.replace("/postgres", "/passing")
+        log = PredictionLog(address, tmp_path / "spool", pause=60)
+        server.exec_driver_sql("DROP DATABASE passing")
+        told = log.record("v", "i", TWO, FLAT)
+        with pytest.raises(StudyError, match="cannot be written or read .*does not exist"):
+            log.flush()
+        server.exec_driver_sql("CREATE DATABASE passing")
+        log.close()
+        assert read_log(address, "v", "normal")["id"].tolist() == [told]
+        server.exec_driver_sql("DROP DATABASE passing")
+
+
+def test_a_full_database_keeps_rows_waiting(tmp_path):
+    log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    def no_room(raw, _): raw.execute("PRAGMA max_page_count = 1")  # no more pages than there are  # noqa: E704
+    sa.event.listen(sa.Engine, "connect", no_room)
+    try:
+        told = [log.record("v", "i", TWO, FLAT) for _ in range(100)]
+        with pytest.raises(StudyError, match="cannot be written or read .* is full.*has room"):
+            log.flush()
+    finally:
+        sa.event.remove(sa.Engine, "connect", no_room)
+    log.close()
+    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) == set(told)
+
+
+def test_a_database_that_is_gone_or_a_full_spool_keeps_rows_waiting(tmp_path, monkeypatch, caplog):
     (tmp_path / "db").mkdir()
     log = PredictionLog(tmp_path / "db" / "log.sqlite", tmp_path / "spool", pause=60)
     shutil.rmtree(tmp_path / "db")
@@ -221,6 +256,41 @@ def test_a_clock_that_jumps_loses_nothing(tmp_path, monkeypatch):
     ids = [log.record("v", "i", TWO, FLAT) for _ in range(2)]
     log.close()
     assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) == set(ids)
+
+
+def test_a_clock_that_jumps_forward_does_not_empty_the_log(tmp_path, monkeypatch, caplog):
+    class TwoYearsOn(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=730)
+
+    log = PredictionLog(tmp_path / "log.sqlite", pause=0.01, tidy=0)
+    ids = [log.record("v", "i", TWO, FLAT) for _ in range(5)]
+    while log.flush() or len(read_log(tmp_path / "log.sqlite", "v", "normal")) < 5:
+        pass
+    monkeypatch.setattr(log_module, "datetime", TwoYearsOn)
+    ids.append(log.record("v", "i", TWO, FLAT))
+    deadline = time.monotonic() + 30
+    while "5 of the log's 6 predictions are older than 365 days and were kept" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    log.close()
+    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) == set(ids)
+    assert log.keep(365, 100) == 5, "by hand they go"
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_row_loses_only_that_row(tmp_path):
+    """On a real limit of the file's size: the kernel writes what fits, as a full disk does."""
+    script = ("import resource, signal, sys, numpy as np; from deeptumornet.log import PredictionLog\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); log = PredictionLog(sys.argv[1], sys.argv[2], pause=60)\n"
+              "row = lambda: log.record('v', 'i', {'a': 1.0}, np.zeros((8, 8), np.uint8))\n"
+              "print(row()); size = log._waiting\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, resource.RLIM_INFINITY)); row()\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)); print(row()); log.close()")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "log.sqlite"), str(tmp_path / "spool")],
+                          capture_output=True, text=True, check=True)
+    assert "a prediction is missing from the log" in done.stderr and "disk is full" in done.stderr and "torn line" in done.stderr
+    assert set(read_log(tmp_path / "log.sqlite", "v", "a")["id"]) == set(done.stdout.split())
 
 
 def test_logging_costs_at_most_two_percent_of_an_answer(champion, slice_png, tmp_path):

@@ -206,13 +206,16 @@ def test_a_challenger_that_is_not_inferior_is_registered_and_promoted(site, cham
 
 def test_a_retraining_that_cannot_be(site, champion, tmp_path, monkeypatch):
     study, kept = site
-    def fails(*_): raise StudyError("notebook 04_resnet50 was killed")  # noqa: E704
+
+    def fails(*_):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(StudyError, match="another retraining is at work"):
+            pool.submit(retrain, study, study.champion, study.workspace / "log.sqlite", kept).result()
+        raise StudyError("notebook 04_resnet50 was killed")
+
     monkeypatch.setattr(retraining, "run_notebook", fails)
     before = sha256(study.champion / "card.json")
     with pytest.raises(StudyError, match="was killed"):
         retrain(study, study.champion, study.workspace / "log.sqlite", kept)
     assert sha256(study.champion / "card.json") == before
-    with FileLock(study.workspace / ".retraining.lock"), pytest.raises(StudyError, match="another retraining is at work"):
-        retrain(study, study.champion, study.workspace / "log.sqlite", kept)
     with pytest.raises(StudyError, match="no slice in .* has feedback in the log"):
         retraining.gather(study.workspace / "log.sqlite", tmp_path, tmp_path / "feedback", study.classes)

@@ -46,7 +46,7 @@ serve: .venv/.ready ## the champion as a web page and a REST service
 lock: .venv/.ready ## resolve the dependencies of pyproject.toml anew
 	@uv pip compile --quiet --universal --python-version 3.11 --extra study --extra test --generate-hashes \
 	  --no-emit-index-url --no-header --upgrade pyproject.toml -o requirements.lock
-	@uv pip compile --quiet --universal --python-version 3.11 --extra nih --generate-hashes \
+	@uv pip compile --quiet --universal --python-version 3.11 --extra nih --extra spark --generate-hashes \
 	  --no-emit-index-url --no-header --upgrade -c requirements.lock pyproject.toml -o requirements-extras.lock
 
 clean: ## remove the environment and what a smoke run left
@@ -67,7 +67,7 @@ clean: ## remove the environment and what a smoke run left
 	@uv pip install --quiet --no-deps --no-build-isolation --offline --editable .
 	@touch .venv/.ready
 
-# What the study does not need but its tests do: the index of the NIH's archive, half a gigabyte.
+# What the study does not need but its tests do: the index of the NIH's archive and Spark, a gigabyte.
 .venv/.extras: .venv/.ready requirements-extras.lock
 	@uv pip install --quiet --no-config --no-deps --require-hashes -r requirements-extras.lock
 	@touch .venv/.extras

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,19 +59,20 @@ ALTERATIONS: dict[str, Callable[[np.ndarray, Field], np.ndarray]] = {
 "Name → what it makes of a slice (uint8, height × width) and its lungs"
 
 
-def altered(study: Study, rows: pd.DataFrame, name: str) -> np.ndarray:
-    """What a network sees of the slices `rows` (of the manifest) after the alteration `name`: uint8 (n, size, size).
+def altered(study: Study, rows: pd.DataFrame, names: Sequence[str] = tuple(ALTERATIONS)) -> dict[str, np.ndarray]:
+    """What a network sees of the slices `rows` (of the manifest) after each alteration of `names`: uint8 (n, size, size).
 
     Raises StudyError for another name, and for a slice whose lungs are not found."""
-    if name not in ALTERATIONS:
-        raise StudyError(f"there is no alteration {name!r}: choose {', '.join(ALTERATIONS)}")
-    told, pictures = study["preprocess"], []
-    for row in rows.itertuples():
-        pixels = read_slice(study.workspace / row.path, row.path, int(row.frame) if row.frame else None).pixels
+    if others := set(names) - set(ALTERATIONS):
+        raise StudyError(f"there is no alteration {', '.join(others)}: choose {', '.join(ALTERATIONS)}")
+
+    def see_all(row) -> list[np.ndarray]:
+        told, pixels = study["preprocess"], read_slice(study.workspace / row.path, row.path, int(row.frame) if row.frame else None).pixels
         field = find_lungs(pixels)
-        changed = ALTERATIONS[name](pixels, field).astype(np.uint8)
-        pictures.append(see(changed, told["size"], told["normalise"], field)[0])
-    return np.stack(pictures)
+        return [see(ALTERATIONS[name](pixels, field).astype(np.uint8), told["size"], told["normalise"], field)[0] for name in names]
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, map(np.stack, zip(*pool.map(see_all, rows.itertuples()), strict=True)), strict=True))
 
 # %% ../nbs/08e_controls.ipynb #c012
 def features_of(model: keras.Model, slices: int) -> Callable[[np.ndarray], np.ndarray]:

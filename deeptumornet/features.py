@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['BATCH', 'BLOCK', 'decode', 'slice_dataset', 'forward', 'cut', 'Kept', 'fingerprint']
+__all__ = ['BATCH', 'BLOCK', 'decode', 'steady', 'slice_dataset', 'forward', 'cut', 'Kept', 'fingerprint']
 
 # %% ../nbs/03a_features.ipynb #c007
 BATCH = 32
@@ -35,12 +35,22 @@ def decode(path: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.io.decode_png(tf.io.read_file(path), channels=1), tf.float32)
 
 
+def steady(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """`dataset` as it was written, without tf.data's tuning. The tuner's thread sleeps 10 ms, 20 ms and so on up to a minute, and the end of a
+    data set waits for it: measured, half a minute after a minute's work."""
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 def slice_dataset(files: Sequence[Path], batch: int = BATCH) -> tf.data.Dataset:
     "Batches of prepared slices, float32 (batch × size × size × 1) in 0..255, in the order of `files`"
     import tensorflow as tf
 
     paths = tf.data.Dataset.from_tensor_slices([str(f) for f in files])
-    return paths.map(decode, num_parallel_calls=2).batch(batch).prefetch(2)
+    return steady(paths.map(decode, num_parallel_calls=2).batch(batch).prefetch(2))
 
 
 def forward(model: Callable, slices: int, training: bool = False) -> Callable[[tf.Tensor], tf.Tensor]:

@@ -200,7 +200,8 @@ def challenge(study: Study, champion: Path, margin: float = MARGIN) -> dict:
     answers = [held[["image_id", "group", "label"]].assign(**{f"p_{positive}": _asked(engine, held, _prepared(study))}) for engine in (old, new)]
     found = not_inferior(*answers, positive, margin, seed=study.seed)
     seen = held[~held["flags"].str.contains("lungs")]
-    p = _asked(new, seen, lambda rows: altered(study, rows, "lungs blacked out"))
+    blacked = "lungs blacked out"
+    p = _asked(new, seen, lambda rows: altered(study, rows, [blacked])[blacked])
     blind = summarise(seen["label"] == positive, p, seen["group"], 0.5, 2000, study.seed, positive)["auc"]
     auc, baseline, faults = new.card["metrics"]["auc"]["value"], new.card["baseline"], []
     if auc <= baseline["auc"]["value"]:

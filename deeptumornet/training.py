@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from .features import Kept, cut, decode, forward, slice_dataset
+from .features import Kept, cut, decode, forward, slice_dataset, steady
 from .groups import group_folds, random_split, readable
 from .preprocessing import load_manifest
 from .study import Study, StudyError, atomic, progress, sha256, tracked, write_csv, write_json
@@ -212,7 +212,7 @@ def training_dataset(files: Sequence[Path], labels: np.ndarray, batch: int, seed
 
     pairs = tf.data.Dataset.from_tensor_slices(([str(f) for f in files], labels.astype("int64")))
     shuffled = pairs.shuffle(len(files), seed=seed).repeat().enumerate()
-    return shuffled.map(one, num_parallel_calls=2).batch(batch).prefetch(4)
+    return steady(shuffled.map(one, num_parallel_calls=2).batch(batch).prefetch(4))
 
 # %% ../nbs/03_training.ipynb #c021
 class Learner:
@@ -253,7 +253,7 @@ class Learner:
         settings, total = self.settings, steps * self.settings["epochs"]
         if settings["schedule"] == "constant":
             return [settings["rate"]] * total
-        warm = min(100, steps)
+        warm = min(100, steps, total // 2)
         cosine = keras.optimizers.schedules.CosineDecay(settings["rate"] / 100, total - warm, warmup_target=settings["rate"], warmup_steps=warm)
         return [float(cosine(step)) for step in range(total)]
 

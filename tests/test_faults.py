@@ -18,6 +18,7 @@ from PIL import Image
 
 from deeptumornet.collection import catalogue, collect
 from deeptumornet.commands import main
+from deeptumornet.cost import measure_alone
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.groups import assert_no_leak, group_folds, split
 from deeptumornet.phantom import draw_patient, slice_hu
@@ -123,6 +124,12 @@ def test_unknown_words_in_params_yaml(tmp_path, change, sentence):
     for words in (["deeptumornet", "check"], ["dvc", "repro"]):
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+
+
+def test_a_file_that_is_no_model_cannot_be_measured(tmp_path):
+    (tmp_path / "model.keras").write_text("a note")
+    with pytest.raises(StudyError, match="model.keras cannot be measured .*train this network again"):
+        measure_alone(tmp_path / "model.keras", 0.1)
 
 
 def test_weights_that_are_missing_or_of_another_network(tmp_path):

@@ -213,6 +213,12 @@ def test_every_optimizer_and_schedule_learns(optimizer, schedule):
     assert curve["auc"].iloc[-1] > 0.95 and curve["loss"].iloc[-1] < curve["loss"].iloc[0]
 
 
+@pytest.mark.parametrize("steps", [1, 3, 400])
+def test_one_epoch_has_a_schedule_too(steps):
+    rates = toy(epochs=1, schedule="cosine", rate=0.1).rates(steps)
+    assert len(rates) == steps and max(rates) <= 0.1 + 1e-6 and rates[-1] <= max(rates)
+
+
 def test_the_loss_is_the_smoothed_and_weighted_one():
     learner = toy(epochs=1, rate=1e-12, label_smoothing=0.1, class_weight="balanced", batch=120)
     labels = (np.arange(120) % 4 == 0).astype(int)

@@ -501,6 +501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deeptumornet.study.run_notebook': ('study.html#run_notebook', 'deeptumornet/study.py'),
                                     'deeptumornet.study.save_figure': ('study.html#save_figure', 'deeptumornet/study.py'),
                                     'deeptumornet.study.sha256': ('study.html#sha256', 'deeptumornet/study.py'),
+                                    'deeptumornet.study.sweep': ('study.html#sweep', 'deeptumornet/study.py'),
                                     'deeptumornet.study.tracked': ('study.html#tracked', 'deeptumornet/study.py'),
                                     'deeptumornet.study.write_csv': ('study.html#write_csv', 'deeptumornet/study.py'),
                                     'deeptumornet.study.write_json': ('study.html#write_json', 'deeptumornet/study.py'),

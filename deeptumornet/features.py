@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .study import StudyError, atomic, progress, sha256
+from .study import StudyError, atomic, progress, sha256, sweep
 
 if TYPE_CHECKING:
     import keras
@@ -106,6 +106,7 @@ class Kept:
         self.row = np.dtype([("slice", "S64"), *((f"x{k}", np.float32, output.shape[1:]) for k, output in enumerate(model.outputs))])
         self.at: dict[str, tuple[Path, int]] = {}
         self.digest: dict[Path, str] = {}
+        sweep(self.folder)
         for block in sorted(self.folder.glob("*.npy")):
             if sha256(block) == block.stem:
                 self._enter(block)

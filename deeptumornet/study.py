@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -29,9 +30,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # %% auto #0
-__all__ = ['PROFILES', 'STAGES', 'StudyError', 'project_root', 'check_params', 'load_params', 'atomic', 'write_json', 'write_csv',
-           'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'save_figure', 'progress', 'code_revision',
-           'tracked', 'run_notebook']
+__all__ = ['PROFILES', 'STAGES', 'StudyError', 'project_root', 'check_params', 'load_params', 'sweep', 'atomic', 'write_json',
+           'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'save_figure', 'progress',
+           'code_revision', 'tracked', 'run_notebook']
 
 # %% ../nbs/00_study.ipynb #c005
 class StudyError(Exception):
@@ -109,6 +110,13 @@ def load_params(root: Path) -> dict:
     return check_params(params, root)
 
 # %% ../nbs/00_study.ipynb #c011
+def sweep(folder: Path, pattern: str = "*") -> None:
+    "Remove what killed processes left of the files and folders in `folder` that match `pattern`, see `atomic`"
+    for left in folder.glob(f".{pattern}.*~"):
+        if not psutil.pid_exists(int(left.suffix[1:-1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Give a temporary path beside `path`, a file or a folder to fill; rename it to `path` when the block ends well.
@@ -117,9 +125,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     by the next that writes `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*~"):
-        if not psutil.pid_exists(int(left.suffix[1:-1])):
-            shutil.rmtree(left, ignore_errors=True)
+    sweep(path.parent, glob.escape(path.name))
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}~", dir=path.parent)) / path.name
     try:
         yield temporary

@@ -24,6 +24,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from . import metrics
 from .groups import readable
+from .metrics import said
 from .study import Study, StudyError, progress, read_json, sha256
 
 # %% auto #0
@@ -338,13 +339,6 @@ def winners(scores: Mapping[str, Mapping]) -> list[str]:
     return [name for name in low if low[name] is not None and low[name] > bar]
 
 
-def _said(metric: Mapping) -> str:
-    if metric["value"] is None:
-        return "undefined"
-    ends = "" if metric["low"] is None else f" ({metric['low']:.2f} to {metric['high']:.2f})"
-    return f"{metric['value']:.2f}{ends}"
-
-
 def verdict(result: Mapping) -> list[str]:
     "What the content of metrics.json says, as sentences: network against baseline in each protocol, then the protocols"
     titles, sentences = result["titles"], []
@@ -356,7 +350,7 @@ def verdict(result: Mapping) -> list[str]:
                 sentences.append(f"{titles[network]}'s AUC {WHERE[protocol]} cannot be judged: {s['auc']['why']}.")
             else:
                 word = "lies above" if network in ahead else "does not clear"
-                sentences.append(f"{titles[network]}'s AUC of {_said(s['auc'])} {WHERE[protocol]} {word} the best "
+                sentences.append(f"{titles[network]}'s AUC of {said(s['auc'])} {WHERE[protocol]} {word} the best "
                                  f"baseline, {titles.get(name, name)} ({bar:.2f}).")
     published, grouped = (result["protocols"].get(p, {}) for p in ("published", "grouped"))
     for network in _of_networks(published):
@@ -368,7 +362,7 @@ def verdict(result: Mapping) -> list[str]:
 
 
 def _contrast(title: str, word: str, published: Mapping, grouped: Mapping, repeats: int) -> str:
-    start = f"{title}'s {word} is {_said(published)} under the published protocol and {_said(grouped)} in grouped folds"
+    start = f"{title}'s {word} is {said(published)} under the published protocol and {said(grouped)} in grouped folds"
     if None in (published["low"], grouped["low"]) or grouped["low"] == grouped["high"]:
         return f"{start}; without an interval that says something they cannot be compared."
     if repeats < 5:
@@ -557,7 +551,7 @@ def roc_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
             ax.plot(at["false_positive_rate"], at["true_positive_rate"], color=colours[name],
                     lw=1.6 if name in BASELINES else 2,
                     ls=dashes.get(name, "--" if name == "tuned" else ":" if is_tuned(name) else "-"),
-                    label=f"{result['titles'][name]} {_said(s['auc'])}")
+                    label=f"{result['titles'][name]} {said(s['auc'])}")
         s = next(iter(scores.values()))
         unit = "Hold-out" if protocol == "holdout" else "Grouped folds"
         ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="False positive rate (1 − specificity)",

@@ -24,10 +24,11 @@ from sklearn.preprocessing import StandardScaler
 
 from . import metrics
 from .collection import catalogue
-from .comparison import _said, p_columns
+from .comparison import p_columns
 from .features import BATCH, cut, forward
 from .groups import random_split
 from .lungs import Field, find_lungs, see
+from .metrics import said
 from .preprocessing import complete, examine, read_slice
 from .study import Study, StudyError
 
@@ -104,9 +105,9 @@ def control_sentences(table: pd.DataFrame, titles: Mapping[str, str]) -> list[st
         if pd.isna(row["low"]):
             sentences.append(f"{titles[name]} cannot be tested with its lungs blacked out: {row['why']}.")
             continue
-        said = _said({"value": row["auc"], "low": row["low"], "high": row["high"]})
-        sentences.append(f"{titles[name]} uses a shortcut: with the lungs blacked out its AUC is still {said}." if row["low"] > 0.5 else
-                         f"No shortcut outside the lungs is shown for {titles[name]}: with them blacked out its AUC is {said}.")
+        auc = said(row.rename({"auc": "value"}))
+        sentences.append(f"{titles[name]} uses a shortcut: with the lungs blacked out its AUC is still {auc}." if row["low"] > 0.5 else
+                         f"No shortcut outside the lungs is shown for {titles[name]}: with them blacked out its AUC is {auc}.")
     return sentences
 
 # %% ../nbs/08e_controls.ipynb #c018

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from .study import StudyError
 
 # %% auto #0
 __all__ = ['METRICS', 'wilson', 'group_weights', 'weighted_auc', 'metric_values', 'summarise', 'calibrate', 'fit_temperature',
-           'operating_point', 'repeated', 'pool_repeats']
+           'operating_point', 'repeated', 'said', 'pool_repeats']
 
 # %% ../nbs/08a_metrics.ipynb #c005
 def _checked(labels01: Sequence[int], p: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -269,6 +269,17 @@ def repeated(values: Sequence[float]) -> dict:
     if len(defined) < len(values):
         result["why"] = f"undefined in {len(values) - len(defined)} of {len(values)} repeats"
     return result
+
+
+def said(metric: Mapping, digits: str = ".2f") -> str:
+    """A metric of `summarise` or `repeated` for a reader: value and ends in the format `digits`, as in "0.50 (0.25 to 0.75)".
+
+    "(no interval)" where there is none, or where it is a single point and so says nothing."""
+    value, low, high = (metric[key] for key in ("value", "low", "high"))
+    if pd.isna(value):
+        return "not defined"
+    ends = "no interval" if pd.isna(low) or low == high else f"{low:{digits}} to {high:{digits}}"
+    return f"{value:{digits}} ({ends})"
 
 
 def pool_repeats(predictions: pd.DataFrame, by: str = "image_id") -> pd.DataFrame:

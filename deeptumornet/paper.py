@@ -14,8 +14,9 @@ from PIL import Image
 from sklearn.metrics import precision_recall_curve
 
 from . import metrics
-from .comparison import BASELINES, PUBLISHED, WHERE, _said, _slice_key, at_half, best_baseline, colours_of, headline, winners
+from .comparison import BASELINES, PUBLISHED, WHERE, _slice_key, at_half, best_baseline, colours_of, headline, winners
 from .evidence import PAPER, PAPER_LOSS
+from .metrics import said
 
 # %% auto #0
 __all__ = ['BARS', 'SCENARIOS', 'worth_rows', 'worth_figure', 'performance_figure', 'comparative_figure', 'pr_figure', 'cliques',
@@ -134,7 +135,7 @@ def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
         if 0 < y.sum() < len(y):
             precision, recall, _ = precision_recall_curve(y, table[f"p_{positive}"])
             style = {"majority": ":", "metadata": "--", "thumbnail": "-."}.get(name, "--" if name == "tuned" else ":" if "/" in name else "-")
-            ax.step(recall, precision, where="post", color=colours[name], ls=style, lw=1.5, label=f"{titles[name]} {_said(s['average_precision'])}")
+            ax.step(recall, precision, where="post", color=colours[name], ls=style, lw=1.5, label=f"{titles[name]} {said(s['average_precision'])}")
     share = s["n_positive"] / s["n"]
     ax.axhline(share, color="#CCCCCC", lw=1)
     ax.set(xlim=(-0.01, 1.01), ylim=(0, 1.03), xlabel=f"Recall ({positive})", ylabel="Precision")

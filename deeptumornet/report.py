@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import HTML, Image, Markdown
 
-from .comparison import BASELINES, WHERE, _said
+from .comparison import BASELINES, WHERE
+from .metrics import said
 from .study import Study, StudyError, atomic, code_revision, open_study, run_notebook
 
 # %% auto #0
@@ -43,7 +44,7 @@ def result_rows(scores: Mapping[str, Mapping], titles: Mapping[str, str], weight
              "sensitivity": "sensitivity", "specificity": "specificity", "precision": "precision", "npv": "NPV", "f1": "F1", "mcc": "MCC",
              "brier": "Brier", "log_loss": "loss"}
     return pd.DataFrame([{"": titles.get(name, name), "weights": "baseline" if name in BASELINES else weights.get(name, "unknown"),
-                          "slices": s["n"], "groups": s["n_groups"], **{word: _said(s[m]) for m, word in words.items()}} for name, s in scores.items()])
+                          "slices": s["n"], "groups": s["n_groups"], **{word: said(s[m]) for m, word in words.items()}} for name, s in scores.items()])
 
 # %% ../nbs/14_report.ipynb #c049
 def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping, controls: Sequence[str]) -> str:
@@ -62,7 +63,7 @@ def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping,
     for protocol, scores in result["protocols"].items():
         if name in scores:
             s = scores[name]
-            lines.append(f"- {WHERE[protocol]}: AUC {_said(s['auc'])}, sensitivity {_said(s['sensitivity'])}, specificity {_said(s['specificity'])} at threshold "
+            lines.append(f"- {WHERE[protocol]}: AUC {said(s['auc'])}, sensitivity {said(s['sensitivity'])}, specificity {said(s['specificity'])} at threshold "
                          f"{s['threshold']:.2f} ({s['n']} slices, {s['n_groups']} groups)")
     return "\n".join([*lines, "", "**Controls.**", "", *[f"- {line}" for line in controls], "",
                       "**Limits.** A slice is not a patient. Slices were chosen by whoever made the data set, so sensitivity and specificity do not carry over to "

@@ -59,6 +59,7 @@ def finetune(study: Study, name: str) -> pd.DataFrame:
         p = predict_slices(model, [study.slices / f"{i}.png" for i in validation["image_id"]])
         predictions = prediction_rows(validation, p, study.classes, network=f"finetuned/{name}", protocol="validation", repeat=0, fold=0)
         save_all(study, model, load_network(name), told, curve, predictions, seconds, name=f"finetuned/{name}",
-                 cut=load_network(name).cuts[depth - 1])
+                 cut=load_network(name).cuts[depth - 1],
+                 **{k: v for k, v in read_json(study.models / name / "card.json").items() if k.startswith("weights")})
         log_run(study, model, f"finetuned/{name}", curve.drop(columns="phase"), validation["image_id"].iloc[:2])
     return curve

@@ -31,8 +31,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'StudyError', 'project_root', 'check_params', 'load_params', 'sweep', 'atomic', 'write_json',
-           'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'save_figure', 'progress',
-           'code_revision', 'tracked', 'run_notebook']
+           'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'weights_file', 'weights_told',
+           'with_weights', 'save_figure', 'progress', 'code_revision', 'tracked', 'run_notebook']
 
 # %% ../nbs/00_study.ipynb #c005
 class StudyError(Exception):
@@ -237,6 +237,37 @@ def open_study(profile: str | None = None, workspace: Path | str = ".", root: Pa
     settings["profile"] = profile or settings["profile"]
     check_params(settings, root)
     return Study(settings["profile"], root, (root / workspace).resolve(), settings)
+
+# %% ../nbs/00_study.ipynb #c029
+def weights_file(name: str, weights: str, root: Path) -> Path | None:
+    "The file (relative to `root`) that train.weights gives the network `name`; None for none and imagenet. StudyError where it is missing"
+    if weights in ("none", "imagenet"):
+        return None
+    file = root / weights
+    if not file.is_file():
+        raise StudyError(f"the weights file {file} of train.weights.{name} is missing: put it there, or write none or imagenet")
+    return file
+
+
+def weights_told(name: str, weights: str, root: Path) -> dict:
+    """What a card says of the `weights` that train.weights gives the network `name`: {"weights": none, imagenet, or the file's name with the first
+    12 digits of its SHA-256, "weights_sha256": all digits, None without a file}. StudyError where the file is missing."""
+    file = weights_file(name, weights, root)
+    digest = sha256(file) if file else None
+    return {"weights": f"{file.name} ({digest[:12]})" if file else weights, "weights_sha256": digest}
+
+
+def with_weights(table: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """`table` with a column `weights` after its column `name` or `network` (`weights_a`, `weights_b` after `a`, `b`): what each candidate started
+    from, as its card says, "baseline" for a row that is none. Unchanged where no column names a candidate."""
+    told = {str(card.parent.relative_to(study.reports)).removeprefix("networks/"): read_json(card)["weights"]
+            for card in study.reports.glob("*/*/card.json")}
+    table = table.copy()
+    for column in ("name", "network", "a", "b"):
+        if column in table and table[column].isin(told).any():
+            table.insert(table.columns.get_loc(column) + 1, f"weights_{column}" if column in "ab" else "weights",
+                         table[column].map(told).fillna("baseline"))
+    return table
 
 # %% ../nbs/00_study.ipynb #c020
 def save_figure(fig: Any, study: Study, name: str) -> Path:

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from .features import Kept, cut, decode, forward, slice_dataset, steady
 from .groups import group_folds, random_split, readable
 from .preprocessing import load_manifest
-from .study import Study, StudyError, atomic, progress, sha256, tracked, write_csv, write_json
+from .study import Study, StudyError, atomic, progress, sha256, tracked, weights_file, weights_told, write_csv, write_json
 
 if TYPE_CHECKING:
     import keras
@@ -100,10 +100,7 @@ def load_backbone(network: Network, size: int, weights: str, root: Path) -> kera
             raise StudyError(f"ImageNet's weights of {network.title} cannot be downloaded ({' '.join(str(error).split())[:160]}): connect to the "
                              f"network, put the file into ~/.keras/models, or name a file in train.weights.{network.name}") from error
     backbone = build(weights=None, **shape)
-    if weights != "none":
-        file = root / weights
-        if not file.is_file():
-            raise StudyError(f"the weights file {file} of train.weights.{network.name} is missing: put it there, or write none or imagenet")
+    if file := weights_file(network.name, weights, root):
         before = [kernel.numpy() for kernel in _kernels(backbone)]
         try:
             with warnings.catch_warnings():
@@ -501,7 +498,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
         held = predict_slices(model, files["validation"])
         validation = prediction_rows(parts["validation"], held, study.classes, network=name, protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([validation, predictions], ignore_index=True)
-        save_all(study, model, network, settings, curve, predictions, seconds)
+        save_all(study, model, network, settings, curve, predictions, seconds, **weights_told(name, str(settings["weights"]), study.root))
         if len(spread):
             write_csv(study.candidate(name) / "seeds.csv", spread)
         log_run(study, model, name, curve, parts["validation"]["image_id"].iloc[:2])
@@ -538,7 +535,7 @@ def save_all(study: Study, model: keras.Model, network: Network, settings: dict,
         save_model(model, folder / "model.keras")
         write_json(folder / "card.json", {
             "network": name, "title": network.title, "classes": study.classes, "positive": study.positive, "profile": study.profile,
-            "weights": str(settings["weights"]), "method": settings["method"], "size": settings["size"], "parameters": model.count_params(),
+            "method": settings["method"], "size": settings["size"], "parameters": model.count_params(),
             "input": {"size": model.input_shape[1], "channels": 1, "range": [0, 255], "normalise": study["preprocess"]["normalise"]},
             "data_sha256": sha256(study.manifest), "files": {"model.keras": sha256(folder / "model.keras")}, **more,
         })

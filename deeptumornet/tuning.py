@@ -187,7 +187,8 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
         held = prediction_rows(validation, head.predict([features.values[features.at(validation)]]), study.classes, network="tuned",
                                protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([held, folds], ignore_index=True)
-        save_all(study, tuned, load_network(name), told, curve, predictions, seconds, name="tuned")
+        save_all(study, tuned, load_network(name), told, curve, predictions, seconds, name="tuned",
+                 **{k: v for k, v in read_json(study.models / name / "card.json").items() if k.startswith("weights")})
         log_run(study, tuned, "tuned", curve, validation["image_id"].iloc[:2])
         untuned = pd.read_csv(study.reports / "networks" / name / "predictions.csv", dtype={"image_id": str, "group": str})
         compared = paired(untuned, predictions, study)

@@ -231,7 +231,7 @@ def recommend(result: Mapping, cost: pd.DataFrame, pairs: pd.DataFrame) -> pd.Da
         if len(table):
             best = table.sort_values([measure, "name"], ascending=[less, True]).iloc[0]
             s = scores[best["name"]]
-            row |= {"network": titles[best["name"]], "weights": result["weights"].get(best["name"]), "value": best[measure], "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"],
+            row |= {"network": titles[best["name"]], "weights": result["weights"][best["name"]], "value": best[measure], "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"],
                     "n": s["n"], "n_groups": s["n_groups"]}
         row["says"] = ("no network clearly beats the best baseline, so none is recommended" if not len(table) else
                        "as the published losses" if row["network"] == row["paper"] else f"not as the published losses, which choose {row['paper']}")

@@ -286,11 +286,11 @@ def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
 
 # %% ../nbs/00_study.ipynb #c024
 def code_revision(root: Path) -> str:
-    "The git commit of the project, with `+changes` where tracked files differ from it; `unknown` outside git"
+    "The git commit of the project, with `+changes` where what makes the results differs from it (the results themselves do in every run); `unknown` outside git"
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ":!reports", ":!README.md", ":!dvc.lock") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

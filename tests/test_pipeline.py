@@ -30,6 +30,34 @@ class Project:
         assert not check or done.returncode == 0, f"{words}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done
 
+    def repro(self) -> dict[str, float]:
+        """Run the whole pipeline; the seconds that each stage took."""
+        running = subprocess.Popen(["dvc", "repro"], cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said, began = [], {}
+        for line in running.stdout:
+            said.append(line)
+            if line.startswith("Running stage"):
+                began[line.split("'")[1]] = time.monotonic()
+        assert running.wait() == 0, "".join(said)[-3000:]
+        ends = [*list(began.values())[1:], time.monotonic()]
+        return {stage: end - start for (stage, start), end in zip(began.items(), ends, strict=True)}
+
+    def killed_after(self, stage: str, seconds: float) -> bool:
+        """Repeat one stage and kill it, its notebook's kernel too, so many seconds after it began; whether it had not ended by itself."""
+        running = subprocess.Popen(["dvc", "repro", "--force", "--single-item", stage], cwd=self.folder, env=self.env,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        for line in running.stdout:
+            if line.startswith(">"):
+                break
+        try:
+            running.wait(seconds)
+            return False
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            time.sleep(2)  # the kernel leads a group of its own, and ends when it sees that its parent has gone
+            return True
+
     def ran(self) -> list[str]:
         """The stages that `dvc repro` runs now, in order."""
         out = self.run("dvc", "repro").stdout
@@ -69,7 +97,7 @@ def project(tmp_path_factory) -> Project:
     made.run("git", "init", "-q")
     made.run("git", "add", "-A")
     made.run("git", "-c", "user.name=test", "-c", "user.email=test@test.invalid", "commit", "-qm", "a copy")
-    made.run("dvc", "repro")
+    made.seconds = made.repro()
     return made
 
 
@@ -129,16 +157,9 @@ def test_a_changed_line_reruns_what_it_must(project, what, file, text, expected)
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_9_then_repro(project, stage):
     before = project.results()
-    running = subprocess.Popen(["dvc", "repro", "--force", "--single-item", stage], cwd=project.folder, env=project.env,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    for line in running.stdout:
-        if line.startswith(">"):
-            break
-    time.sleep(2.5)
-    assert running.poll() is None, "the stage ended before it could be killed"
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    time.sleep(2)
+    middle = project.seconds[stage] / 2
+    while not project.killed_after(stage, middle):  # it was slower when the other tests ran beside it
+        middle /= 2
     project.run("dvc", "repro", stage)
     assert project.results() == before
     half = [p for p in (project.folder / "reports").rglob("*") if p.name.startswith(".")]

@@ -23,8 +23,8 @@ from pydicom.uid import UID, CTImageStorage, generate_uid
 from .study import StudyError, atomic
 
 # %% auto #0
-__all__ = ['LUNG_WINDOW', 'CT', 'NOT_SLICES', 'STEEPEST', 'MOST_PIXELS', 'AIR_HU', 'KEPT', 'window', 'is_dicom', 'pseudonym',
-           'Header', 'describe', 'read_dicom', 'write_dicom', 'deidentify']
+__all__ = ['LUNG_WINDOW', 'CT', 'NOT_SLICES', 'STEEPEST', 'MOST_PIXELS', 'MOST_FRAMES', 'AIR_HU', 'KEPT', 'window', 'is_dicom',
+           'pseudonym', 'Header', 'describe', 'read_dicom', 'write_dicom', 'deidentify']
 
 # %% ../nbs/01b_dicom.ipynb #c006
 LUNG_WINDOW = (-600.0, 1500.0)
@@ -61,8 +61,8 @@ NOT_SLICES = {"LOCALIZER": "a localizer", "SCREEN SAVE": "a screen capture", "PR
 STEEPEST = np.cos(np.radians(30.5))
 "Cosine of the largest lean of an axial slice: gantries tilt by 30° at most"
 
-MOST_PIXELS = 64_000_000
-"The largest picture that is decoded, so that a small file cannot ask for gigabytes"
+MOST_PIXELS, MOST_FRAMES = 64_000_000, 65_536
+"The largest picture that is decoded, and the most frames of a file, so that a small file cannot ask for gigabytes or hours"
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,16 @@ def _plane(data: Dataset, frame: int) -> tuple[np.ndarray | None, float | None]:
     if not np.linalg.norm(normal) > 0.5:
         return None, None
     normal /= np.linalg.norm(normal)
-    return normal, round(float(normal @ np.array(corner, float)), 4) if corner is not None and len(corner) == 3 else None
+    at = float(normal @ np.array(corner, float)) if corner is not None and len(corner) == 3 else np.nan
+    return normal, round(at, 4) if np.isfinite(at) else None
 
 
 def _frames(data: Dataset) -> int:
     return int(data.get("NumberOfFrames") or 1)
 
 
-def _why_not(data: Dataset, name: str) -> str:
-    "The sentence why `data` is no axial CT slice that can be used, or an empty one"
+def _why_not(data: Dataset, name: str, marked: bool = False) -> str:
+    "The sentence why `data` is no axial CT slice that can be used, or an empty one; letters burned into it are no reason if `marked`"
     kind = UID(data.get("SOPClassUID") or getattr(data, "file_meta", Dataset()).get("MediaStorageSOPClassUID") or "")
     words = " ".join(str(v) for v in [data.get("ImageType")] if v is not None).upper()
     if kind and kind not in CT:
@@ -127,7 +128,7 @@ def _why_not(data: Dataset, name: str) -> str:
         return f"{name} is not an axial slice (its plane leans by {np.degrees(np.arccos(min(1, abs(normal[2])))):.0f}°): leave it out"
     if data.get("SamplesPerPixel", 1) != 1 or not str(data.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME"):
         return f"{name} is a colour picture, not a CT slice: leave it out"
-    if data.get("BurnedInAnnotation") == "YES":
+    if data.get("BurnedInAnnotation") == "YES" and not marked:
         return f"{name} has annotations burned into its pixels, which may name the patient: leave it out, or have them removed"
     units = _value(data, 0, "PixelValueTransformationSequence", "RescaleType") or "HU"
     if units not in ("HU", "US"):
@@ -158,7 +159,11 @@ def describe(source: Path | bytes, name: str) -> Header:
     try:
         data = _read(source, pixels=False)
         frames = _frames(data)
-        positions = tuple(_plane(data, frame)[1] for frame in range(frames))
+        if not 0 < frames <= MOST_FRAMES:
+            raise ValueError(f"it says that it has {frames:,} frames")
+        own = min(frames, max(1, len(data.get("PerFrameFunctionalGroupsSequence") or [])))  # the others share one plane
+        positions = tuple(_plane(data, frame)[1] for frame in range(own))
+        positions += (_plane(data, own)[1],) * (frames - own)
         return Header(*(str(data.get(k) or "") for k in ("PatientID", "SeriesInstanceUID", "SOPInstanceUID")), positions[0], positions,
                       frames, _why_not(data, name), data.get("BurnedInAnnotation") == "YES")
     except Exception as error:
@@ -235,14 +240,14 @@ def _native(data: FileDataset) -> UID:
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
 
 
-def read_dicom(source: Path | bytes, name: str, frame: int | None = None) -> tuple[np.ndarray, FileDataset]:
+def read_dicom(source: Path | bytes, name: str, frame: int | None = None, marked: bool = False) -> tuple[np.ndarray, FileDataset]:
     """A slice in HU (float32, height × width; padding is -1024) and its data set without pixels.
 
     `frame` counts from 0 and is needed for a file of several; `name` names the file in messages. Raises StudyError
-    where the file cannot be read or decoded, or is not an axial CT slice (see `describe`)."""
+    where the file cannot be read or decoded, or is not an axial CT slice (see `describe`); letters burned into it are no reason if `marked`."""
     try:
         data = _read(source, pixels=False)
-        if reason := _why_not(data, name):
+        if reason := _why_not(data, name, marked):
             raise StudyError(reason)
         if frame is None and _frames(data) != 1:
             raise StudyError(f"{name} holds {_frames(data)} frames: name one, or split it into one file per slice")

@@ -30,21 +30,23 @@ from .lungs import Field, find_lungs, see, standardise
 from .study import Study, StudyError, atomic, progress, write_csv
 
 # %% auto #0
-__all__ = ['SMALLEST', 'LARGEST', 'THUMBNAIL', 'Slice', 'read_slice', 'prepare', 'inspect', 'examine', 'complete', 'preprocess',
-           'load_manifest', 'compare_normalisations']
+__all__ = ['SMALLEST', 'LARGEST', 'THUMBNAIL', 'Slice', 'read_slice', 'as_slice', 'prepare', 'inspect', 'examine', 'complete',
+           'preprocess', 'load_manifest', 'compare_normalisations']
 
 # %% ../nbs/02_preprocessing.ipynb #c007
 SMALLEST, LARGEST = 32, 64_000_000
-"A slice has at least 32 pixels a side, and at most 64 million pixels"
+"A slice has at least 32 pixels a side, and the square around it at most 64 million"
 
 
 @dataclass(frozen=True)
 class Slice:
-    "A decoded slice: `pixels` uint8 (height × width), what its file said of itself, and which pixels (bool) are coloured, if any"
+    """A decoded slice: `pixels` uint8 (height × width), what its file said of itself, which pixels (bool) are coloured, if any, and whether its
+    DICOM header says that letters are burned into it"""
     pixels: np.ndarray
     format: str
     mode: str
     colour: np.ndarray | None = None
+    burned_in: bool = False
 
     @property
     def width(self) -> int: return self.pixels.shape[1]
@@ -56,16 +58,16 @@ class Slice:
         return hashlib.sha256(np.int64(self.pixels.shape).tobytes() + self.pixels.tobytes()).hexdigest()
 
 
-def read_slice(source: Path | bytes, name: str, frame: int | None = None) -> Slice:
+def read_slice(source: Path | bytes, name: str, frame: int | None = None, marked: bool = False) -> Slice:
     """The slice in a PNG, JPEG or DICOM file, given as a path or as bytes; `name` names it in messages. Of a multi-frame
-    DICOM file it is the `frame` (from 0), which must be named.
+    DICOM file it is the `frame` (from 0), which must be named. One with letters burned into it is refused unless `marked`.
 
     Grey values are kept, colours become their luminance (ITU-R 601-2), transparency is ignored, DICOM goes through
     Hounsfield units and the lung window. Raises StudyError for what is not one readable slice."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     if is_dicom(data[:132]):
-        hu, _ = read_dicom(data, name, frame)
-        found = Slice(window(hu), "DICOM", "HU")
+        hu, header = read_dicom(data, name, frame, marked)
+        found = Slice(window(hu), "DICOM", "HU", burned_in=header.get("BurnedInAnnotation") == "YES")
     else:
         try:
             with warnings.catch_warnings():
@@ -87,6 +89,12 @@ def read_slice(source: Path | bytes, name: str, frame: int | None = None) -> Sli
     return found
 
 
+def as_slice(pixels: np.ndarray, name: str) -> Slice:
+    "Decoded `pixels` (uint8, height × width) as a slice. Raises StudyError where they are no slice's shape."
+    _check_size(*pixels.shape[::-1], name)
+    return Slice(pixels, "pixels", "L")
+
+
 def _coloured(picture: Image.Image) -> np.ndarray | None:
     "True where red, green and blue differ by more than JPEG makes them; None where nowhere"
     if picture.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"):
@@ -101,8 +109,8 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise StudyError(f"{name} has {width}×{height} pixels, a slice at least {SMALLEST}×{SMALLEST}: leave it out")
     if max(width, height) > 4 * min(width, height):
         raise StudyError(f"{name} has {width}×{height} pixels, which is no CT slice's shape: leave it out")
-    if width * height > LARGEST:
-        raise StudyError(f"{name} has {width}×{height} pixels, too many for a CT slice ({LARGEST:,} at most): scale it down or leave it out")
+    if max(width, height) ** 2 > LARGEST:
+        raise StudyError(f"{name} has {width}×{height} pixels, too many for a CT slice ({LARGEST:,} at most as a square): scale it down or leave it out")
 
 # %% ../nbs/02_preprocessing.ipynb #c012
 def prepare(pixels: np.ndarray, size: int, normalise: str = "scaling") -> np.ndarray:

@@ -16,16 +16,18 @@ from pathlib import Path
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['LEASE', 'KEPT', 'Jobs']
+__all__ = ['LEASE', 'ATTEMPTS', 'KEPT', 'Jobs']
 
 # %% ../nbs/11a_jobs.ipynb #c006
 LEASE = 30.0
 "Seconds after which a slice that was taken and not answered is taken again"
+ATTEMPTS = 3
+"Times that a slice is taken to be answered: one that ends the process that reads it is given up after them"
 KEPT = 24 * 3600.0
 "Seconds that a job is kept"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS slices (job TEXT NOT NULL, place INTEGER NOT NULL, made REAL NOT NULL, taken REAL NOT NULL DEFAULT 0,
-    slice BLOB, answer TEXT, PRIMARY KEY (job, place));
+    slice BLOB, answer TEXT, attempts INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (job, place));
 CREATE INDEX IF NOT EXISTS waiting ON slices (made, job, place) WHERE answer IS NULL;
 """
 
@@ -53,7 +55,7 @@ class Jobs:
         "Keep slices (bytes), or answers that are known already (dict), as a new job: its id. Jobs older than KEPT go."
         job, now = secrets.token_urlsafe(16), time.time()
         self._do("DELETE FROM slices WHERE made < ?", [(now - KEPT,)])
-        self._do("INSERT INTO slices VALUES (?, ?, ?, 0, ?, ?)", [
+        self._do("INSERT INTO slices VALUES (?, ?, ?, 0, ?, ?, 0)", [
             (job, place, now, None, json.dumps(one)) if isinstance(one, dict) else (job, place, now, one, None) for place, one in enumerate(found)])
         return job
 
@@ -70,11 +72,12 @@ class Jobs:
         "Forget a job, finished or not"
         self._do("DELETE FROM slices WHERE job = ?", [(job,)])
 
-    def take(self) -> tuple[str, int, bytes] | None:
-        "The id of a job, the place of a slice in it, and the slice, which nobody else gets for LEASE seconds; None where nothing waits"
+    def take(self) -> tuple[str, int, bytes, int] | None:
+        """The id of a job, the place of a slice in it, the slice, which nobody else gets for LEASE seconds, and how often it was taken, this time
+        included; None where nothing waits"""
         now = time.time()
-        taken = self._do("UPDATE slices SET taken = ? WHERE rowid = (SELECT rowid FROM slices WHERE answer IS NULL AND taken < ? "
-                         "ORDER BY made, job, place LIMIT 1) RETURNING job, place, slice", [(now, now - LEASE)])
+        taken = self._do("UPDATE slices SET taken = ?, attempts = attempts + 1 WHERE rowid = (SELECT rowid FROM slices WHERE answer IS NULL AND taken < ? "
+                         "ORDER BY made, job, place LIMIT 1) RETURNING job, place, slice, attempts", [(now, now - LEASE)])
         return taken[0] if taken else None
 
     def settle(self, job: str, place: int, answer: dict) -> None:

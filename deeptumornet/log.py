@@ -288,10 +288,10 @@ def add_feedback(app: Flask, classes: list[str]) -> None:
     @app.post("/api/v1/feedback")
     def feedback() -> tuple[Response, int]:
         log, token = app.config["PREDICTION_LOG"], os.environ.get("DEEPTUMORNET_FEEDBACK_TOKEN", "")
-        if log is None or not token:
-            raise NotFound("this service takes no feedback: start it with DEEPTUMORNET_PREDICTION_LOG and DEEPTUMORNET_FEEDBACK_TOKEN set")
         shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(shown.encode(), token.encode()):
+        if shown and (log is None or not token):
+            raise NotFound("this service takes no feedback: start it with DEEPTUMORNET_PREDICTION_LOG and DEEPTUMORNET_FEEDBACK_TOKEN set")
+        if not shown or not hmac.compare_digest(shown.encode(), token.encode()):
             raise Unauthorized("feedback needs the header `Authorization: Bearer` with the token of this service",
                                www_authenticate=WWWAuthenticate("bearer"))
         said = request.get_json(silent=True)
@@ -300,7 +300,7 @@ def add_feedback(app: Flask, classes: list[str]) -> None:
         try:
             log.feedback(said["id"], said["label"], said["who"], classes)
         except LogError as error:
-            raise ServiceUnavailable(str(error)) from None
+            raise ServiceUnavailable(str(error), retry_after=PATIENCE) from None
         except StudyError as error:
             raise UnprocessableEntity(str(error)) from None
         return jsonify(kept=True), 201

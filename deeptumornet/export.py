@@ -98,10 +98,12 @@ class Engine:
             raise StudyError(f"there is no exported model in {folder}: run `make study` first")
         self.card = read_json(folder / "card.json")
         for name, expected in self.card["files"].items():
-            if not (folder / name).is_file() or sha256(folder / name) != expected:
+            if Path(name).name != name or not (folder / name).is_file() or sha256(folder / name) != expected:
                 raise StudyError(f"{folder / name} is missing or is not the file that card.json names: run `make study` again")
-        self._lock = threading.Lock()
-        file = folder / (ENGINES[precision] if precision else self.card["engine"])
+        name = ENGINES[precision] if precision else self.card["engine"]
+        if name not in self.card["files"]:
+            raise StudyError(f"{folder / 'card.json'} names no hash of the engine {name}: run `make study` again")
+        self._lock, file = threading.Lock(), folder / name
         self._run = _openvino(file, threads) if file.suffix == ".xml" else _litert(file, threads)
 
     def prepare(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:

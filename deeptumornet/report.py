@@ -14,7 +14,7 @@ from IPython.display import HTML, Image, Markdown
 
 from .comparison import BASELINES, WHERE
 from .metrics import said
-from .study import Study, StudyError, atomic, code_revision, open_study, run_notebook
+from .study import Study, StudyError, atomic, code_revision, open_study, read_json, run_notebook
 
 # %% auto #0
 __all__ = ['NOT', 'CLAIM', 'TRIPOD', 'STYLE', 'figure', 'sentences', 'table', 'result_rows', 'model_card', 'checklist', 'render',
@@ -65,6 +65,9 @@ def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping,
             s = scores[name]
             lines.append(f"- {WHERE[protocol]}: AUC {said(s['auc'])}, sensitivity {said(s['sensitivity'])}, specificity {said(s['specificity'])} at threshold "
                          f"{s['threshold']:.2f} ({s['n']} slices, {s['n_groups']} groups)")
+    engines = read_json(study.reports / "export" / "engines.json")
+    lines += ["", f"**Served by.** {engines['why']}. "
+              + "; ".join(f"{e['engine']} has {e['megabytes']:.1f} MB and takes {e['memory_mb']:.0f} MB of memory" for e in engines["engines"]) + "."]
     return "\n".join([*lines, "", "**Controls.**", "", *[f"- {line}" for line in controls], "",
                       "**Limits.** A slice is not a patient. Slices were chosen by whoever made the data set, so sensitivity and specificity do not carry over to "
                       "consecutive patients, and predictive values depend on how common the disease is. Another hospital's slices may be scored at chance: test first.", "",

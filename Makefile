@@ -40,8 +40,8 @@ mlflow: .venv/.ready ## every run, in the browser
 lab: .venv/.ready ## the notebooks in JupyterLab
 	@jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url= $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
 
-serve: .venv/.ready ## the champion as a web page and a REST service
-	@deeptumornet serve
+serve: .venv/.ready ## the champion as a web page and a REST service; ARGS="--jobs FILE" takes large batches
+	@deeptumornet serve $(ARGS)
 
 lock: .venv/.ready ## resolve the dependencies of pyproject.toml anew
 	@uv pip compile --quiet --universal --python-version 3.11 --extra study --extra test --generate-hashes \

@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +32,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import (
     BadRequest,
+    ClientDisconnected,
     Conflict,
     HTTPException,
     InternalServerError,
@@ -46,9 +47,10 @@ from werkzeug.exceptions import (
 from . import __version__
 from .dicom import describe, is_dicom
 from .export import Engine
-from .jobs import Jobs
+from .jobs import ATTEMPTS, Jobs
 from .log import STATISTICS, PredictionLog, add_feedback, image_statistics
-from .preprocessing import Slice, read_slice
+from .lungs import find_lungs
+from .preprocessing import Slice, as_slice, read_slice
 from .quality import failed, measure
 from .study import StudyError, project_root
 
@@ -64,14 +66,14 @@ UPLOAD = "the uploaded file"
 "What messages call a file: its real name may name a patient"
 LARGEST_BODY = 32 * 2**20
 "Bytes of a request with one slice at most, and of one slice in a batch"
-LARGEST_BATCH = 128 * 2**20
-"Bytes of a request with many slices at most"
+LARGEST_BATCH = 288 * 2**20
+"Bytes of a request with many slices at most: 512 CT slices of 512×512 pixels in 16 bits, as scanners store them, and their headers"
 MOST_ITEMS = 512
 "Slices in one request at most"
 MOST_IN_JOB = 10_000
 "Slices in one job at most"
 LARGEST_UNPACKED = 512 * 2**20
-"Bytes of all slices of one request at most, unpacked"
+"Bytes of all slices of one archive at most, unpacked"
 
 
 def kind(data: bytes) -> str:
@@ -88,34 +90,47 @@ def read_upload(data: bytes) -> Slice:
 
     The message holds nothing of what a DICOM file says."""
     try:
-        return read_slice(data, UPLOAD)
+        return read_slice(data, UPLOAD, marked=True)
     except StudyError as error:
         said = str(error)
         raise StudyError(re.sub(r" \(.*\):", ":", said) if is_dicom(data[:132]) else said) from None
 
 # %% ../nbs/11_serving.ipynb #c011
-def unpacked(archive: bytes, most: int = MOST_ITEMS) -> Iterator[bytes | StudyError]:
+def unpacked(archive: bytes, most: int = MOST_ITEMS) -> list[bytes | StudyError]:
     """The content of each file in a zip `archive`, in its order, or the StudyError why it is not read.
 
-    Raises StudyError where the archive itself cannot be read or has over `most` files."""
+    Raises StudyError where the archive itself cannot be read, has over `most` files, or unpacks to over LARGEST_UNPACKED bytes."""
+    if (listed := archive.count(b"PK\1\2")) > 2 * most:  # before a directory of millions is read
+        raise _too_many(listed, most)
     try:
         opened = zipfile.ZipFile(BytesIO(archive))
     except Exception as error:
         raise StudyError("the archive is damaged or cut short: pack it again") from error
     entries = [entry for entry in opened.infolist() if not entry.is_dir()]
     if len(entries) > most:
-        raise StudyError(f"the archive holds {len(entries)} files, {most} at most: send it in parts")
-    for entry in entries:
-        parts = entry.filename.replace("\\", "/").split("/")
-        if ".." in parts or not parts[0] or ":" in parts[0]:
-            yield StudyError("its name climbs out of the archive: pack it again with plain names")
-            continue
-        try:
-            with opened.open(entry) as file:
-                data = file.read(LARGEST_BODY + 1)
-            yield data if len(data) <= LARGEST_BODY else StudyError(f"it unpacks to more than {LARGEST_BODY // 2**20} MiB: that is no slice")
-        except Exception:
-            yield StudyError("it is encrypted, damaged, or packed in a way that is not read: pack it again")
+        raise _too_many(len(entries), most)
+    if sum(entry.file_size for entry in entries if entry.file_size <= LARGEST_BODY) > LARGEST_UNPACKED:
+        raise StudyError(f"the archive unpacks to more than {LARGEST_UNPACKED // 2**20} MiB: send it in parts")
+    return [_content(opened, entry) for entry in entries]
+
+
+def _too_many(count: int, most: int) -> StudyError:
+    remedy = f", or start the service with --jobs FILE: /api/v1/batch then takes up to {MOST_IN_JOB:,}" if most == MOST_ITEMS else ""
+    return StudyError(f"the request holds {count:,} slices; send 1 to {most:,} at once{remedy}")
+
+
+def _content(opened: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes | StudyError:
+    parts = entry.filename.replace("\\", "/").split("/")
+    if ".." in parts or not parts[0] or ":" in parts[0]:
+        return StudyError("its name climbs out of the archive: pack it again with plain names")
+    if entry.file_size > LARGEST_BODY:
+        return StudyError(f"it unpacks to more than {LARGEST_BODY // 2**20} MiB: that is no slice")
+    try:
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others unpack a block at once, however large
+            raise zipfile.BadZipFile
+        return opened.read(entry)
+    except Exception:
+        return StudyError("it is encrypted, damaged, or packed in a way that is not read: pack it again")
 
 # %% ../nbs/11_serving.ipynb #c015
 LARGEST_SHOWN = 512
@@ -160,7 +175,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
     with _AT_WORK:
-        found = Slice(data, "pixels", "L") if isinstance(data, np.ndarray) else read_upload(data)
+        found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
         prepared, place = engine.prepare(found.pixels)
         probabilities, heat, features = engine.predict(prepared[None])
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
@@ -193,6 +208,13 @@ def cautions(card: dict, found: Slice, prepared: np.ndarray) -> list[str]:
         said.append("The picture is stored in colour; its luminance was read.")
     if min(found.pixels.shape) < size:
         said.append(f"The slice has fewer pixels than the {size}×{size} that the model looks at, and was enlarged.")
+    if found.burned_in:
+        said.append("The file says that annotations are burned into its pixels: they can name a patient, and can tell the class.")
+    if card["input"]["normalise"] not in ("lungs", "masked"):  # those two are refused without lungs
+        try:
+            find_lungs(found.pixels)
+        except StudyError:
+            said.append("No lung field was found: the slice is blank, cropped inside the lung, or not of the chest, and its probability means nothing.")
     numbers = image_statistics(prepared)
     strange = [name for name, (low, high) in card.get("seen", {}).items() if not low <= numbers[name] <= high]
     if strange:
@@ -232,7 +254,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_DETAILS = {400: "the request ended before all of it had come: send it again",
+_DETAILS = {400: "the request is not understood: see /docs for what this address takes",
             404: "there is nothing at this address: the page is at /, the service at /api/v1/predict",
             405: "this address does not take that method: see the header Allow",
             500: "the service met a defect: send the slice again, and tell the maintainers if it happens twice"}
@@ -244,10 +266,10 @@ class _InMemory(Request):
 
 
 def body() -> bytes:
-    "The request's body; BadRequest where less came than was declared, RequestEntityTooLarge where one of undeclared length reaches the limit"
+    "The request's body; ClientDisconnected where less came than was declared, RequestEntityTooLarge where one of undeclared length reaches the limit"
     data = request.get_data()
     if len(data) < (request.content_length or 0):
-        raise BadRequest()
+        raise ClientDisconnected()
     if request.content_length is None and len(data) >= request.max_content_length:
         raise RequestEntityTooLarge()
     return data
@@ -259,9 +281,9 @@ def received() -> list:
 
 
 def uploaded() -> list[bytes]:
-    "The request's files; BadRequest where there are none, or empty ones"
+    "The request's files; BadRequest where there are none, or nothing but an empty one"
     files = [one if isinstance(one, bytes) else one.read() for one in received()]
-    if not files or not all(files):
+    if not any(files):
         raise BadRequest("there is no file: send one as the multipart field `file` or as the request's body")
     return files
 
@@ -274,9 +296,9 @@ def wished(name: str) -> bool:
     return wish == "true"
 
 
-def checked(data: bytes | StudyError) -> bytes:
+def checked(data: bytes | Exception) -> bytes:
     "`data` where it begins as a PNG, JPEG or DICOM file does. Raises what is an error already, else UnsupportedMediaType."
-    if isinstance(data, StudyError):
+    if isinstance(data, Exception):
         raise data
     if not kind(data):
         raise UnsupportedMediaType(f"{UPLOAD} is not a PNG, JPEG or DICOM picture: convert it")
@@ -285,6 +307,8 @@ def checked(data: bytes | StudyError) -> bytes:
 
 def told(error: Exception) -> HTTPException:
     "What a client may know of `error`. A defect is logged, without the exception's message, and says nothing."
+    if isinstance(error, ClientDisconnected):
+        return BadRequest("the request ended before all of it had come: send it again")
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, StudyError):
@@ -306,7 +330,8 @@ def problem(error: HTTPException) -> Response:
         return error.get_response()
     response, said = error.get_response(), document(error)
     if error.code == 413:
-        said["detail"] = f"the request is larger than {request.max_content_length // 2**20} MiB: send fewer or smaller slices"
+        said["detail"] = (f"the request is larger than {request.max_content_length // 2**20} MiB, has over {request.max_form_parts:,} parts, or over "
+                          f"{request.max_form_memory_size // 1000} kB in fields without a file name: send fewer or smaller slices")
     if request.path.startswith("/v2"):
         said["error"] = said["detail"]  # where clients of the Open Inference Protocol look
     response.data = json.dumps(said, ensure_ascii=False)
@@ -315,21 +340,14 @@ def problem(error: HTTPException) -> Response:
 
 # %% ../nbs/11_serving.ipynb #c024
 def items(files: list[bytes], most: int = MOST_ITEMS) -> list[bytes | StudyError]:
-    """The slices in `files`, zip archives among them unpacked. Raises StudyError for an unreadable archive, over `most` slices, or over
-    LARGEST_UNPACKED bytes."""
-    found, size = [], 0
-    for data in files:
-        for item in unpacked(data, most) if data[:4] in (b"PK\3\4", b"PK\5\6") else [data]:
-            found.append(item)
-            size += len(item) if isinstance(item, bytes) else 0
-            if size > LARGEST_UNPACKED:
-                raise StudyError(f"the request unpacks to more than {LARGEST_UNPACKED // 2**20} MiB: send it in parts")
+    "The slices in `files`, or in the zip archive that is the only one. Raises StudyError for no slice, over `most`, or an archive that is not read."
+    found = unpacked(files[0], most) if len(files) == 1 and files[0][:4] in (b"PK\3\4", b"PK\5\6") else files
     if not 0 < len(found) <= most:
-        raise StudyError(f"the request holds {len(found)} slices; send 1 to {most} at once")
+        raise _too_many(len(found), most)
     return found
 
 
-def answered(engine: Engine, place: int, item: bytes | StudyError, log: PredictionLog | None) -> dict:
+def answered(engine: Engine, place: int, item: bytes | Exception, log: PredictionLog | None) -> dict:
     "What a batch says about one `item`: its `place`, a status, and the `prediction` or the `problem`"
     try:
         return {"item": place, "status": 200, "prediction": answer(engine, checked(item), False, log)}
@@ -338,13 +356,16 @@ def answered(engine: Engine, place: int, item: bytes | StudyError, log: Predicti
         return {"item": place, "status": failure.code, "problem": document(failure)}
 
 
+_FATAL = InternalServerError(f"the process that read it ended, {ATTEMPTS} times: it is not tried again")
+
+
 def work_off(engine: Engine, jobs: Jobs, config: Mapping) -> None:
     "Answer what waits in `jobs`, one slice after the other, for ever"
     while True:
         try:
             while taken := jobs.take():
-                job, place, data = taken
-                jobs.settle(job, place, answered(engine, place, data, config["PREDICTION_LOG"]))
+                job, place, data, attempt = taken
+                jobs.settle(job, place, answered(engine, place, data if attempt <= ATTEMPTS else _FATAL, config["PREDICTION_LOG"]))
         except sqlite3.Error as error:
             logging.getLogger(__name__).error("the jobs cannot be worked off: %s", error)
         time.sleep(0.5)
@@ -485,7 +506,7 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
             gate.check(request.headers.get("Authorization", ""), request.remote_addr or "")
         if request.method == "POST" and request.url_rule:
             if request.path in MANY:
-                request.max_content_length = LARGEST_BATCH
+                request.max_content_length, request.max_form_parts = LARGEST_BATCH, MOST_IN_JOB
                 enter(request.path)
             received()  # all of it, before it takes up a slot: a slow client has none
             enter(None)
@@ -522,13 +543,19 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
 
     @app.post("/api/v1/batch")
     def batch() -> Response:
-        return jsonify(items=[answered(engine, k, item, app.config["PREDICTION_LOG"]) for k, item in enumerate(items(uploaded()))])
+        found = items(uploaded(), MOST_IN_JOB if jobs else MOST_ITEMS)
+        if jobs and (len(found) > MOST_ITEMS or "respond-async" in request.headers.get("Prefer", "")):
+            return accepted(found)
+        return jsonify(items=[answered(engine, k, item, app.config["PREDICTION_LOG"]) for k, item in enumerate(found)])
 
     @app.post("/api/v1/jobs")
     def submit() -> Response:
-        found = [one if isinstance(one, bytes) else answered(engine, k, one, None) for k, one in enumerate(items(uploaded(), MOST_IN_JOB))]
-        job = waiting().submit(found)
-        return jsonify(waiting().progress(job)), 202, {"Location": f"/api/v1/jobs/{job}"}
+        waiting()
+        return accepted(items(uploaded(), MOST_IN_JOB))
+
+    def accepted(found: list[bytes | StudyError]) -> Response:
+        job = jobs.submit(one if isinstance(one, bytes) and kind(one) else answered(engine, k, one, None) for k, one in enumerate(found))
+        return jsonify(jobs.progress(job)), 202, {"Location": f"/api/v1/jobs/{job}"}
 
     @app.get("/api/v1/jobs/<job>")
     def progress(job: str) -> Response:
@@ -557,7 +584,8 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
     @app.get("/api/v1/model")
     def model() -> Response:
         wanted = bool(app.config["PREDICTION_LOG"] and os.environ.get("DEEPTUMORNET_FEEDBACK_TOKEN"))
-        return jsonify({**{k: engine.card[k] for k in PUBLIC if k in engine.card}, "feedback": wanted})
+        told = {k: engine.card[k] for k in PUBLIC if k in engine.card}
+        return jsonify({**told, "feedback": wanted})
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -581,8 +609,9 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
     @app.get("/v2/models/deeptumornet")
     def metadata() -> Response:
         inputs = [{"name": name, "datatype": kind, "shape": [-1] * rank} for name, (kind, rank) in TENSORS.items()]
-        return jsonify(name="deeptumornet", versions=[engine.card["version"]], platform="litert", inputs=inputs,
-                       outputs=[{"name": "probabilities", "datatype": "FP64", "shape": [-1, len(engine.card["classes"])]}])
+        ids = [{"name": "ids", "datatype": "BYTES", "shape": [-1]}] if app.config["PREDICTION_LOG"] else []
+        return jsonify(name="deeptumornet", versions=[engine.card["version"]], platform="openvino" if engine.card["engine"].endswith(".xml") else "litert", inputs=inputs,
+                       outputs=[{"name": "probabilities", "datatype": "FP64", "shape": [-1, len(engine.card["classes"])]}, *ids])
 
     @app.get("/v2/models/deeptumornet/ready")
     def model_ready() -> Response:
@@ -595,7 +624,8 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
         flat = [p for one in said for p in one["probabilities"].values()]
         named = {"id": message["id"]} if isinstance(message.get("id"), str) else {}
         output = {"name": "probabilities", "datatype": "FP64", "shape": [len(said), len(engine.card["classes"])], "data": flat}
-        return jsonify(model_name="deeptumornet", model_version=engine.card["version"], **named, outputs=[output])
+        ids = [{"name": "ids", "datatype": "BYTES", "shape": [len(said)], "data": [one["id"] for one in said]}] if "id" in said[0] else []
+        return jsonify(model_name="deeptumornet", model_version=engine.card["version"], **named, outputs=[output, *ids])
 
     @app.errorhandler(Exception)
     def fail(error: Exception) -> Response:

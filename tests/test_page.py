@@ -1,5 +1,6 @@
 """The page as a visitor meets it: a real browser, a real server on loopback, and the tiny champion."""
 
+import base64
 import shutil
 import sqlite3
 import threading
@@ -7,6 +8,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import requests
 from conftest import encoded
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -195,6 +197,73 @@ def test_the_true_class_is_told_and_corrected(browser, log, phantoms, tmp_path):
     with closing(sqlite3.connect(log)) as file:
         said = file.execute("SELECT who, label FROM feedback ORDER BY number").fetchall()
     assert said[-2:] == [("A reader", "normal"), ("A reader", "adenocarcinoma")]
+
+
+def drop(browser, *paths) -> None:
+    """Files and folders let go over the page, as a visitor's system does it."""
+    place = browser.find_element(By.ID, "drop").rect
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    at = {"x": place["x"] + 20, "y": place["y"] + 20, "data": data}
+    for kind in ("dragEnter", "dragOver"):
+        browser.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **at})
+    assert "over" in browser.find_element(By.ID, "drop").get_attribute("class")
+    browser.execute_cdp_cmd("Input.dispatchDragEvent", {"type": "drop", **at})
+    until(browser, lambda: "over" not in browser.find_element(By.ID, "drop").get_attribute("class"))
+
+
+def test_files_and_a_folder_are_dropped(browser, phantoms, tmp_path):
+    series = tmp_path / "a scan"
+    (series / "more").mkdir(parents=True)
+    for k, place in enumerate((7.5, -2.5, 2.5)):
+        write_dicom((series / "more" if k == 2 else series) / f"{k}", phantoms[k], "Doe^Jane", place, 1.4, "one")
+    (series / ".DS_Store").write_bytes(b"hidden")
+    drop(browser, series)
+    assert shown(browser, "series-said").text.startswith("3 slices, ")
+    names = [tmp_path / "two.png", tmp_path / "one.png"]
+    for path, hu in zip(names, phantoms, strict=False):
+        path.write_bytes(encoded(window(hu)))
+    drop(browser, *names)
+    until(browser, lambda: browser.find_element(By.ID, "status").text == "2 files: done.")
+    assert not browser.find_element(By.ID, "error").is_displayed() and complaints(browser) == []
+
+
+def test_what_a_script_drops_is_read_too(browser, phantoms):
+    browser.execute_script("""
+        const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0)), data = new DataTransfer();
+        data.items.add(new File([bytes], "carried.png"));
+        window.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+        """, base64.b64encode(encoded(window(phantoms[1]))).decode())
+    assert shown(browser, "caption").text == "carried.png"
+
+
+def test_the_service_explains_itself(browser, address):
+    browser.get(f"{address}/docs")
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#calls section"))
+    document = requests.get(f"{address}/openapi.json", timeout=60).json()
+    told = [f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item if method != "parameters"]
+    assert [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, "#calls h2")] == told and len(told) >= 16
+    job = next(card for card in browser.find_elements(By.CSS_SELECTOR, "#calls section") if "GET /api/v1/jobs/{job}\n" in card.text)
+    assert "job (path)" in job.text and not browser.find_elements(By.CLASS_NAME, "error") and complaints(browser) == []
+    asked = browser.execute_script("return performance.getEntries().map(e => e.name).filter(n => /^(https?|wss?):/.test(n))")
+    assert all(name.startswith(f"{address}/") for name in asked)
+    width = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1], "nothing to scroll sideways"
+
+
+def test_a_service_with_a_token_asks_for_it(browser, champion, phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPTUMORNET_TOKENS", "of-the-service")
+    server = make_server("127.0.0.1", 0, create_app(champion), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser.get(f"http://127.0.0.1:{server.port}")
+    for token, told in (("a guess", "not the service's token"), ("of-the-service", "interval")):
+        shown(browser, "access").clear()
+        shown(browser, "access").send_keys(token, Keys.ENTER)
+        until(browser, lambda text=told: text in browser.find_element(By.TAG_NAME, "aside").text)
+    until(browser, lambda: not browser.find_element(By.ID, "gate").is_displayed())
+    upload(browser, tmp_path / "a.png", window(phantoms[1]))
+    assert shown(browser, "probability").text.endswith("%") and not browser.find_element(By.ID, "error").is_displayed()
+    assert browser.execute_script("return [localStorage.length, sessionStorage.length, document.cookie.length]") == [0, 0, 0]
+    server.shutdown()
 
 
 CONTRASTS = """

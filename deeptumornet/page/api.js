@@ -8,13 +8,15 @@ function element(name, text, className) {
   return made;
 }
 
-function call(document_, path, method, said) {
+const METHODS = ["get", "put", "post", "delete", "options", "head", "patch", "trace"];
+
+function call(document_, path, method, said, shared) {
   const card = element("section", undefined, "card");
   const heading = element("h2");
   heading.append(element("b", method.toUpperCase(), "tag"), " ", element("code", path));
   card.append(heading, element("p", said.summary));
   const list = element("dl");
-  for (const given of said.parameters || []) {
+  for (const given of [...shared, ...(said.parameters || [])]) {
     list.append(element("dt", `${given.name} (${given.in})`), element("dd", given.description));
   }
   const kinds = Object.keys(said.requestBody?.content || {});
@@ -33,8 +35,8 @@ async function start() {
     const found = await (await fetch("openapi.json")).json();
     document.getElementById("title").textContent = `${found.info.title} ${found.info.version}`;
     document.getElementById("summary").textContent = found.info.description;
-    for (const [path, methods] of Object.entries(found.paths)) {
-      for (const [method, said] of Object.entries(methods)) calls.append(call(found, path, method, said));
+    for (const [path, item] of Object.entries(found.paths)) {
+      for (const method of METHODS.filter((name) => name in item)) calls.append(call(found, path, method, item[method], item.parameters || []));
     }
   } catch {
     calls.append(element("p", "The document could not be read: reload the page.", "error"));

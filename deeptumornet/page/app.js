@@ -38,16 +38,25 @@ function fail(text) {
 const MOST_KEPT = 512;
 const isDicom = async (file) => (await file.slice(128, 132).text()) === "DICM";
 
-async function post(path, body, headers) {
+async function request(path, options = {}) {
+  const token = at("access").value;
   let response;
   try {
-    response = await fetch(path, { method: "POST", body, headers });
+    response = await fetch(path, { ...options, headers: { ...(token && { Authorization: `Bearer ${token}` }), ...options.headers } });
   } catch {
     throw new Error("the service does not answer: see whether it still runs, and send it again");
   }
-  if (!response.ok) throw new Error(await sentence(response));
+  if (!response.ok) {
+    if (response.status === 401 && !options.headers?.Authorization) {
+      at("gate").hidden = false;
+      throw new Error(token ? "this is not the service's token" : "the service asks for a token: give it in the field Token");
+    }
+    throw new Error(await sentence(response));
+  }
   return response.json();
 }
+
+const post = (path, body, headers) => request(path, { method: "POST", body, headers });
 
 function ask(path, files) {
   const body = new FormData();
@@ -248,15 +257,20 @@ function limits(card) {
 
 async function start() {
   try {
-    const response = await fetch("api/v1/model");
-    if (!response.ok) throw new Error(await sentence(response));
-    card = await response.json();
+    card = await request("api/v1/model");
     at("label").replaceChildren(element("option"), ...card.classes.map((name) => element("option", name)));
     limits(card);
-  } catch {
-    at("limits").textContent = "The model's card could not be read: reload the page.";
+    at("gate").hidden = true;
+    at("error").hidden = true;
+  } catch (error) {
+    at("limits").textContent = `The model's card could not be read: ${error.message}.`;
   }
 }
+
+at("gate").addEventListener("submit", (event) => {
+  event.preventDefault();
+  start();
+});
 
 at("file").addEventListener("change", (event) => {
   const files = [...event.target.files];
@@ -268,13 +282,32 @@ at("opacity").addEventListener("input", (event) => {
   at("opacity-value").textContent = `${event.target.value} %`;
 });
 at("truth").addEventListener("submit", sendTruth);
+
+// A dropped folder is walked; what a system hides in it (.DS_Store) is left out.
+async function within(entry) {
+  if (entry.name.startsWith(".")) return [];
+  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  const reader = entry.createReader();
+  const found = [];
+  for (let some; (some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length;) found.push(...some);
+  found.sort((one, other) => one.name.localeCompare(other.name, "en", { numeric: true }));
+  return (await Promise.all(found.map(within))).flat();
+}
+
+async function dropped(data) {
+  const parts = [...data.items].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry() || item.getAsFile());
+  const found = (await Promise.all(parts.map((part) => (part instanceof File ? [part] : within(part))))).flat();
+  if (found.length) send(found);
+  else fail("there is no file in what was dropped");
+}
+
 let depth = 0;
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   window.addEventListener(name, (event) => {
     event.preventDefault();
     depth = name === "drop" ? 0 : depth + (name === "dragenter") - (name === "dragleave");
     at("drop").classList.toggle("over", depth > 0);
-    if (name === "drop" && event.dataTransfer.files.length) send([...event.dataTransfer.files]);
+    if (name === "drop") dropped(event.dataTransfer).catch((error) => fail(error.message));
   });
 }
 start();

@@ -5,6 +5,7 @@
 # %% ../nbs/00_study.ipynb #c002
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -117,6 +118,14 @@ def sweep(folder: Path, pattern: str = "*") -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def _exchange(new: Path, old: Path) -> None:
+    "Let two paths change places: in one step on Linux (renameat2), so that neither is ever missing, and elsewhere in two"
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if swap is None or swap(-100, os.fsencode(new), -100, os.fsencode(old), 2):  # AT_FDCWD, RENAME_EXCHANGE
+        os.replace(old, new.with_name(f"{new.name}.old"))
+        os.replace(new, old)
+
+
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Give a temporary path beside `path`, a file or a folder to fill; rename it to `path` when the block ends well.
@@ -130,8 +139,9 @@ def atomic(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            _exchange(temporary, path)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StudyError(f"the disk is full while writing {path}: free some space and run the same command again") from error

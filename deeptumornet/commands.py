@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -18,11 +20,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from .study import StudyError, open_study, project_root, run_notebook
+from .study import StudyError, open_study, project_root, read_json, run_notebook, sha256
 
 # %% auto #0
-__all__ = ['AUDITED', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'serve', 'parser',
-           'main']
+__all__ = ['AUDITED', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'Keeper', 'serve',
+           'parser', 'main']
 
 # %% ../nbs/13_commands.ipynb #c006
 def _end_with_parent(parent: int) -> None:
@@ -90,17 +92,104 @@ def predict_files(files: list[Path], champion: Path | None = None) -> list[dict]
     return said
 
 # %% ../nbs/13_commands.ipynb #c016
-THREADS = 64
-"Requests that one process may have open: twice `serving.MOST_AT_ONCE`, so that those beyond it are told so at once"
+THREADS = 512
+"Requests that one process may have open: most wait for slow clients, and `serving.MOST_AT_ONCE` of them are worked on"
 SLOWEST = 30.0
 "Seconds that a client may take to send its request"
+_REFUSAL = json.dumps({"type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "the process that had the request died: send it again"})
+_REFUSED = ("HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
+            f"Content-Length: {len(_REFUSAL)}\r\n\r\n{_REFUSAL}").encode()
+
+
+class Keeper:
+    """Keeps each client's connection open beside the worker that has it, so that a killed worker's clients are answered 503, and none is
+    reset; and reads no more of a client after SLOWEST. A thread of the process that starts the workers."""
+
+    def __init__(self):
+        self._inbox, self._outbox = socket.socketpair()
+        self._held: dict[socket.socket, tuple[socket.socket, float]] = {}  # the oldest first
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    def give(self, client: socket.socket) -> socket.socket:
+        "In a worker: keep `client` until a byte is sent on the socket that is returned, or it is closed by the worker's death"
+        mine, theirs = socket.socketpair()
+        with theirs, suppress(OSError):
+            socket.send_fds(self._outbox, [b"."], [client.fileno(), theirs.fileno()])
+        return mine
+
+    def forget(self) -> None:
+        "In a new worker: close what the fork copied"
+        for held, (client, _) in self._held.items():
+            held.close()
+            client.close()
+
+    def _keep(self) -> None:
+        selector = selectors.DefaultSelector()
+        selector.register(self._inbox, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select(1.0):
+                if key.fileobj is self._inbox:
+                    sockets = [socket.socket(fileno=fd) for fd in socket.recv_fds(self._inbox, 1, 2)[1]]
+                    if len(sockets) == 2:  # fewer where this process has no more file descriptors
+                        self._held[sockets[1]] = sockets[0], time.monotonic() + SLOWEST
+                        selector.register(sockets[1], selectors.EVENT_READ)
+                    continue
+                selector.unregister(key.fileobj)
+                client, _ = self._held.pop(key.fileobj)
+                with key.fileobj as token:
+                    if token.recv(1):
+                        client.close()
+                    else:
+                        threading.Thread(target=_refuse, args=(client,), daemon=True).start()
+            for client, end in list(self._held.values()):
+                if end > time.monotonic():
+                    break
+                with suppress(OSError):
+                    client.shutdown(socket.SHUT_RD)
+
+
+class _Whole:
+    "A `client`'s connection whose answer is sent in one piece, head and body, so that a kill leaves all of it or nothing"
+
+    def __init__(self, client: socket.socket):
+        self._client, self._parts = client, []
+
+    def __getattr__(self, name: str):
+        return getattr(self._client, name)
+
+    def sendall(self, data: bytes) -> None:
+        self._parts.append(bytes(data))
+
+    def flush(self) -> None:
+        self._client.sendall(b"".join(self._parts))
+
+
+def _refuse(client: socket.socket) -> None:
+    "Answer 503, unless an answer has begun (data_segs_out and notsent_bytes of Linux's struct tcp_info), and close"
+    from gunicorn.util import close_graceful
+
+    with suppress(OSError):
+        sent = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+        if not any(struct.unpack_from("=I", sent, place)[0] for place in (144, 156)):
+            client.sendall(_REFUSED)
+    close_graceful(client, max_drain=2**25)
+
+
+def _whole(folder: Path) -> bool:
+    "Whether the exported model in `folder` has every file that its card names"
+    with suppress(OSError, ValueError, KeyError):
+        return all(sha256(folder / name) == expected for name, expected in read_json(folder / "card.json")["files"].items())
+    return False
 
 
 def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs: Path | None = None) -> None:
     """Serve the exported model at `host`:`port` in so many processes, with the file `jobs` for large batches, until a signal ends this one.
     StudyError where there is no exported model."""
+    import resource
+
     from gunicorn.app.base import BaseApplication
     from gunicorn.errors import AppImportError
+    from gunicorn.util import close_graceful
     from gunicorn.workers.gthread import ThreadWorker
 
     folder = exported(champion).resolve()
@@ -109,23 +198,33 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
     if jobs:
         os.environ["DEEPTUMORNET_JOBS"] = str(jobs.resolve())
     shared = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))  # the keeper needs two for each request
+    keeper = Keeper()
 
     class Worker(ThreadWorker):
+        def enqueue_req(self, conn):
+            conn.kept = keeper.give(conn.sock)
+            super().enqueue_req(conn)
+
         def handle(self, conn):
-            def read_no_more() -> None:
-                with suppress(OSError):
-                    conn.sock.shutdown(socket.SHUT_RD)
-            late = threading.Timer(SLOWEST, read_no_more)
-            late.start()
+            conn.sock = _Whole(conn.sock)
             try:
-                return super().handle(conn)
+                super().handle(conn)
             finally:
-                late.cancel()
+                with suppress(OSError):
+                    conn.sock.flush()
+                with suppress(OSError), conn.kept as kept:
+                    kept.send(b".")
+                close_graceful(conn.sock)
+                conn.close = lambda graceful=False: None  # closing waits for the client: here, and not in the thread that accepts
+            return False
 
     class Service(BaseApplication):
         def load_config(self) -> None:
-            options = {"bind": f"{host}:{port}", "workers": workers, "worker_class": Worker, "threads": THREADS, "graceful_timeout": 60,
-                       "timeout": 60, "keepalive": 0, "backlog": 512, "control_socket_disable": True, "on_exit": lambda _: shutil.rmtree(shared)}
+            options = {"bind": f"{host}:{port}", "workers": workers, "worker_class": Worker, "threads": THREADS, "worker_connections": 2 * THREADS,
+                       "graceful_timeout": 60, "timeout": 60, "keepalive": 0, "backlog": 512, "sendfile": False, "control_socket_disable": True,
+                       "post_fork": lambda _, worker: keeper.forget(), "on_exit": lambda _: shutil.rmtree(shared)}
             for name, value in options.items():
                 self.cfg.set(name, value)
 
@@ -133,17 +232,23 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
             import click
 
             from deeptumornet.serving import create_app
-            try:
-                return create_app(folder, max(1, (os.cpu_count() or 1) // workers))
-            except click.ClickException as error:
-                raise AppImportError(f"deeptumornet: {error.message}") from error
+            end = time.monotonic() + 2
+            while True:  # while the champion changes, its card and its files may be of two
+                try:
+                    return create_app(folder, max(1, (os.cpu_count() or 1) // workers))
+                except (click.ClickException, OSError) as error:
+                    if time.monotonic() > end:
+                        raise AppImportError(f"deeptumornet: {getattr(error, 'message', error)}") from error
+                    time.sleep(0.1)
 
     def watch() -> None:
-        card = folder / "card.json"
-        seen = card.stat()
+        def which() -> tuple[int, int] | None:
+            with suppress(OSError):
+                return (now := (folder / "card.json").stat()).st_ino, now.st_mtime_ns
+        seen = which()
         while True:
             time.sleep(0.5)
-            if card.is_file() and ((now := card.stat()).st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            if (now := which()) != seen and _whole(folder):
                 seen = now
                 os.kill(os.getpid(), signal.SIGHUP)
 

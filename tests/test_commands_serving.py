@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,6 +17,7 @@ import pytest
 import requests
 
 from deeptumornet.serving import create_app
+from deeptumornet.study import atomic, read_json, write_json
 
 COMMAND = Path(sys.executable).with_name("deeptumornet")
 
@@ -63,16 +66,17 @@ def service(champion):
 
 def test_slow_clients_keep_nobody_waiting(champion, slice_png):
     words = ["serve", "--workers", "1", "--port", "PORT", "--champion", str(champion)]
-    code = f"from deeptumornet import commands\ncommands.SLOWEST = 3.0\ncommands.main({words})"
+    code = f"from deeptumornet import commands\ncommands.SLOWEST = 4.0\ncommands.main({words})"
     head = f"POST /api/v1/predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(slice_png)}\r\n"
     with running([sys.executable, "-c", code]) as (_, address), ExitStack() as open_:
         place = ("127.0.0.1", int(address.rsplit(":", 1)[1]))
-        slow = [open_.enter_context(socket.create_connection(place, timeout=60)) for _ in range(50)]
+        slow = [open_.enter_context(socket.create_connection(place, timeout=60)) for _ in range(300)]
         for k, client in enumerate(slow):
             client.sendall(head.encode() + (b"\r\n" + slice_png[:100] if k % 2 else b""))
         start = time.monotonic()
         assert requests.post(f"{address}/api/v1/predict", data=slice_png, timeout=60).status_code == 200
-        assert time.monotonic() - start < 2.5, "fifty slow clients are no reason to wait, and none of them has a slot"
+        assert requests.get(f"{address}/v2/health/ready", timeout=60).status_code == 200
+        assert time.monotonic() - start < 2.5, "three hundred slow clients are no reason to wait, and none of them has a slot"
         said = [b"".join(iter(lambda c=client: c.recv(65536), b"")) for client in slow]
         assert all(answer.startswith(b"HTTP/1.1 400") and b"send it again" in answer for answer in said[1::2])
         assert not any(b"200 OK" in answer for answer in said)
@@ -81,21 +85,15 @@ def test_slow_clients_keep_nobody_waiting(champion, slice_png):
 def test_a_killed_worker_costs_no_answer_and_a_stop_finishes(service, slice_png):
     process, address = service
     def ask(_=0):
-        for _ in range(20):  # a connection that died with its worker is opened again, as clients do
-            try:
-                answer = requests.post(f"{address}/api/v1/predict", data=slice_png, timeout=60)
-            except requests.ConnectionError:
-                continue
-            if answer.status_code != 503:
-                return answer.json()["probability"]
-            assert answer.headers["Retry-After"] == "1"
-        raise AssertionError("never answered")
+        return answered(address, slice_png)
     expected = ask()
-    worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
     with ThreadPoolExecutor(8) as pool:
-        first = [pool.submit(ask) for _ in range(40)]
-        os.kill(worker, signal.SIGKILL)
-        assert {task.result() for task in [*first, *[pool.submit(ask) for _ in range(40)]]} == {expected}
+        for _ in range(2):
+            first = [pool.submit(ask) for _ in range(40)]
+            time.sleep(0.05)
+            worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+            os.kill(worker, signal.SIGKILL)
+            assert {task.result() for task in [*first, *[pool.submit(ask) for _ in range(40)]]} == {expected}
         counted = requests.get(f"{address}/metrics", timeout=60).text
         assert 'deeptumornet_requests_total{address="/api/v1/predict",status="200"}' in counted
     port = int(address.rsplit(":", 1)[1])
@@ -109,6 +107,62 @@ def test_a_killed_worker_costs_no_answer_and_a_stop_finishes(service, slice_png)
         answer = b"".join(iter(lambda: half.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 200") and str(expected).encode() in answer
     assert process.wait(60) == 0
+
+
+def answered(address: str, data: bytes) -> float:
+    """The probability, asked for again where the service refuses with 503. A connection that breaks fails the test."""
+    for _ in range(50):
+        answer = requests.post(f"{address}/api/v1/predict", data=data, timeout=60)
+        if answer.status_code == 200:
+            return answer.json()["probability"]
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "1", answer.text
+        assert answer.headers["Content-Type"] == "application/problem+json" and answer.json()["status"] == 503
+        time.sleep(0.1)
+    raise AssertionError("never answered")
+
+
+def test_a_worker_that_dies_over_a_request_refuses_it(champion, slice_png):
+    words = ["serve", "--workers", "1", "--port", "PORT", "--champion", str(champion)]
+    code = ("import time\nfrom deeptumornet import commands, export\n"
+            "run = export.Engine.predict\n"
+            "export.Engine.predict = lambda self, slices: slices.any() and time.sleep(3) or run(self, slices)\n"
+            f"commands.main({words})")
+    with running([sys.executable, "-c", code]) as (process, address), ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(requests.post, f"{address}/api/v1/predict", data=slice_png, timeout=60) for _ in range(8)]
+        time.sleep(1.5)
+        os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]), signal.SIGKILL)
+        said = [task.result() for task in asked]
+        assert [one.status_code for one in said] == [503] * 8 and all("send it again" in one.json()["detail"] for one in said)
+        assert requests.post(f"{address}/api/v1/predict", data=slice_png, timeout=60).status_code == 200
+
+
+def test_the_champion_changes_twice_within_a_second_under_load(champion, slice_png, tmp_path):
+    served = tmp_path / "champion"
+    shutil.copytree(champion, served)
+
+    def crown(version: str) -> None:
+        with atomic(served) as folder:
+            shutil.copytree(champion, folder)
+            write_json(folder / "card.json", {**read_json(folder / "card.json"), "version": version})
+
+    with running([COMMAND, "serve", "--port", "PORT", "--champion", served]) as (process, address), ThreadPoolExecutor(8) as pool:
+        expected, changed = answered(address, slice_png), threading.Event()
+        def ask(_):
+            said = set()
+            while not changed.is_set():
+                said.add(answered(address, slice_png))
+            return said
+        asked = [pool.submit(ask, k) for k in range(8)]
+        for version in ("second", "third"):
+            time.sleep(0.6)
+            crown(version)
+        while requests.get(f"{address}/api/v1/model", timeout=60).json()["version"] != "third" and not any(task.done() for task in asked):
+            time.sleep(0.1)
+        changed.set()
+        assert set().union(*[task.result() for task in asked]) == {expected}
+        (served / "card.json").write_text("half")
+        time.sleep(1)
+        assert process.poll() is None and answered(address, slice_png) == expected, "a champion that is not whole is not taken up"
 
 
 def test_idle_connections_keep_no_stop_waiting(service):

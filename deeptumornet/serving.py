@@ -56,10 +56,10 @@ from .study import StudyError, project_root
 
 # %% auto #0
 __all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'MOST_IN_JOB', 'LARGEST_UNPACKED', 'LARGEST_SHOWN', 'PUBLIC',
-           'MARKS', 'HEADERS', 'TENSORS', 'MOST_AT_ONCE', 'MANY', 'kind', 'read_upload', 'unpacked', 'overlay',
-           'data_url', 'answer', 'cautions', 'seen', 'open_engine', 'body', 'received', 'uploaded', 'wished', 'checked',
-           'told', 'document', 'problem', 'items', 'answered', 'work_off', 'series_answer', 'tensor', 'Gate',
-           'create_app']
+           'MARKS', 'HEADERS', 'TENSORS', 'MOST_AT_ONCE', 'MANY', 'SMALL_BODY', 'MOST_LARGE', 'kind', 'read_upload',
+           'unpacked', 'overlay', 'data_url', 'answer', 'cautions', 'seen', 'open_engine', 'body', 'received',
+           'uploaded', 'wished', 'checked', 'told', 'document', 'problem', 'items', 'answered', 'work_off',
+           'series_answer', 'tensor', 'Gate', 'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
 UPLOAD = "the uploaded file"
@@ -440,6 +440,10 @@ MOST_AT_ONCE = 32
 "Requests that one process works on at once"
 MANY = {"/api/v1/batch": 2, "/api/v1/series": 2, "/api/v1/jobs": 1}
 "Requests with many slices that one process has in memory at once"
+SMALL_BODY = 2 * 2**20
+"Bytes of a body that may come slowly beside any number of others"
+MOST_LARGE = 16
+"Larger ones that one process receives at once"
 
 
 class Gate:
@@ -448,7 +452,8 @@ class Gate:
 
     def __init__(self, tokens: list[str], rate: int):
         self.tokens, self.rate = [token.encode() for token in tokens], rate
-        self.slots = {None: threading.BoundedSemaphore(MOST_AT_ONCE), **{path: threading.BoundedSemaphore(most) for path, most in MANY.items()}}
+        self.slots = {None: threading.BoundedSemaphore(MOST_AT_ONCE), "large": threading.BoundedSemaphore(MOST_LARGE),
+                      **{path: threading.BoundedSemaphore(most) for path, most in MANY.items()}}
         self._lock, self._minute, self._asked = threading.Lock(), 0, {}
 
     def check(self, header: str, address: str) -> None:
@@ -508,6 +513,8 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
             if request.path in MANY:
                 request.max_content_length, request.max_form_parts = LARGEST_BATCH, MOST_IN_JOB
                 enter(request.path)
+            elif request.content_length is None or request.content_length > SMALL_BODY:
+                enter("large")
             received()  # all of it, before it takes up a slot: a slow client has none
             enter(None)
 

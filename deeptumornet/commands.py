@@ -96,6 +96,7 @@ THREADS = 512
 "Requests that one process may have open: most wait for slow clients, and `serving.MOST_AT_ONCE` of them are worked on"
 SLOWEST = 30.0
 "Seconds that a client may take to send its request"
+_UNREAD = 2**27  # bytes of a refused request that are still taken in, for two seconds: a client that is cut off while it sends never reads why
 _REFUSAL = json.dumps({"type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "the process that had the request died: send it again"})
 _REFUSED = ("HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
             f"Content-Length: {len(_REFUSAL)}\r\n\r\n{_REFUSAL}").encode()
@@ -172,7 +173,7 @@ def _refuse(client: socket.socket) -> None:
         sent = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
         if not any(struct.unpack_from("=I", sent, place)[0] for place in (144, 156)):
             client.sendall(_REFUSED)
-    close_graceful(client, max_drain=2**25)
+    close_graceful(client, max_drain=_UNREAD)
 
 
 def _whole(folder: Path) -> bool:
@@ -216,7 +217,7 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
                     conn.sock.flush()
                 with suppress(OSError), conn.kept as kept:
                     kept.send(b".")
-                close_graceful(conn.sock)
+                close_graceful(conn.sock, max_drain=_UNREAD)
                 conn.close = lambda graceful=False: None  # closing waits for the client: here, and not in the thread that accepts
             return False
 

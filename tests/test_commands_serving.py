@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from deeptumornet.serving import create_app
+from deeptumornet.serving import MOST_LARGE, create_app
 from deeptumornet.study import atomic, read_json, write_json
 
 COMMAND = Path(sys.executable).with_name("deeptumornet")
@@ -77,6 +77,13 @@ def test_slow_clients_keep_nobody_waiting(champion, slice_png):
         assert requests.post(f"{address}/api/v1/predict", data=slice_png, timeout=60).status_code == 200
         assert requests.get(f"{address}/v2/health/ready", timeout=60).status_code == 200
         assert time.monotonic() - start < 2.5, "three hundred slow clients are no reason to wait, and none of them has a slot"
+        large = b"x" * 3_000_000
+        for _ in range(MOST_LARGE):
+            client = open_.enter_context(socket.create_connection(place, timeout=60))
+            client.sendall(head.replace(str(len(slice_png)), str(len(large))).encode() + b"\r\n" + large[:100])
+        time.sleep(0.5)
+        refused = requests.post(f"{address}/api/v1/predict", data=large, timeout=60)
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1", "of large bodies few lie in memory at once"
         said = [b"".join(iter(lambda c=client: c.recv(65536), b"")) for client in slow]
         assert all(answer.startswith(b"HTTP/1.1 400") and b"send it again" in answer for answer in said[1::2])
         assert not any(b"200 OK" in answer for answer in said)

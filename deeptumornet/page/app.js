@@ -4,9 +4,9 @@
 const at = (id) => document.getElementById(id);
 const percent = (p) => {
   const value = 100 * p;
-  if (value > 0 && value < 0.1) return "under 0.1 %";
-  if (value > 99.9 && value < 100) return "over 99.9 %";
-  return `${value.toFixed(1)} %`;
+  if (value > 0 && value < 0.1) return "under 0.1\u00a0%";
+  if (value > 99.9 && value < 100) return "over 99.9\u00a0%";
+  return `${value.toFixed(1)}\u00a0%`;
 };
 const visit = [];
 let card = null;

@@ -1,23 +1,31 @@
-"""Training a head on kept features against running the frozen network in each epoch; steps against Keras' defaults; memory of streaming."""
+"""Training a head on kept features against running the frozen network in each epoch; steps against Keras' defaults; memory of streaming.
 
+Names of networks, or `memory`, after the script's name measure these alone; all of it takes an hour."""
+
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import keras
 import numpy as np
+import pandas as pd
 from benchmark import peak, peak_of, save, seconds
 from PIL import Image
 from tqdm import tqdm
 
 from deeptumornet.features import Kept, cut, slice_dataset
+from deeptumornet.study import Study
 from deeptumornet.training import (
     Learner,
+    Network,
     add_head,
     build_body,
     deterministic,
+    fine_tuner,
     load_backbone,
     load_network,
     settle,
@@ -26,6 +34,7 @@ from deeptumornet.training import (
 )
 
 NETWORKS, SIZE, SLICES, EPOCHS, BATCH = ("resnet50", "inceptionv3", "nasnetmobile"), 224, 343, 20, 32
+ROUNDS, STEPS = 3, 12
 RECIPE = {"optimizer": "adam", "rate": 0.001, "weight_decay": 0.0, "schedule": "constant", "epochs": EPOCHS, "patience": 0, "batch": BATCH,
           "label_smoothing": 0.0, "class_weight": "none", "units": 0, "dropout": 0.0}
 
@@ -41,7 +50,6 @@ def write_slices(folder: Path, count: int, size: int) -> list[Path]:
 
 def made(name: str) -> keras.Model:
     network = load_network(name)
-    deterministic(0)
     return add_head(build_body(load_backbone(network, SIZE, "none", Path(".")), network, SIZE), 2, RECIPE, 0)
 
 
@@ -73,12 +81,12 @@ def timed(work: Callable, *words: object) -> tuple[np.ndarray, float]:
     return work(*words), time.perf_counter() - start
 
 
-def first_and_steady(name: str, files: list[Path], labels: np.ndarray, ours: bool) -> tuple[float, float]:
-    """Seconds of the first training step of the whole network, and of one of the next four."""
-    keras.backend.clear_session()
-    model = made(name)
-    batches = iter(training_dataset(files, labels, 8, 0, None))
-    x, y = next(batches)
+def first_and_steady(name: str, folder: Path, ours: bool) -> tuple[float, float]:
+    """Seconds of the first training step of the whole network at batch 8, and the median of the next ones, in this fresh process; ours, or
+    with nothing set that Keras does not set by itself."""
+    deterministic(0) if ours else keras.utils.set_random_seed(0)
+    model, files = made(name), sorted(folder.glob("*.png"))
+    x, y = next(iter(training_dataset(files, (np.arange(len(files)) % 2).astype("int64"), 8, 0, None)))
     if ours:
         learner = Learner(model, RECIPE)
         step = lambda: learner.step(x, y, np.ones(8, np.float32))[0].numpy()  # noqa: E731
@@ -86,52 +94,92 @@ def first_and_steady(name: str, files: list[Path], labels: np.ndarray, ours: boo
         model.compile("adam", "sparse_categorical_crossentropy")
         step = lambda: model.train_on_batch(x, y)  # noqa: E731
     first = seconds(step)
-    start = time.perf_counter()
-    for _ in range(4):
-        step()
-    return first, (time.perf_counter() - start) / 4
+    return first, float(np.median([seconds(step) for _ in range(STEPS)]))
+
+
+def steps_of(name: str, folder: Path, ours: bool) -> tuple[float, float]:
+    done = subprocess.run([sys.executable, __file__, "step", name, folder, str(int(ours))], capture_output=True, text=True, check=True)
+    first, steady = done.stdout.split()[-2:]
+    return float(first), float(steady)
 
 
 def stream(folder: Path, count: int) -> None:
-    """Keep the features of `count` slices and train a head and a whole small network on them, from disk."""
+    """Keep the features of `count` slices, train a head, a whole small network and its last layer on them, from disk."""
     files = sorted(folder.glob("*.png"))[:count]
     labels = np.arange(count) % 2
-    inputs = keras.Input((96, 96, 1))
-    maps = keras.layers.Conv2D(512, 9, strides=8, activation="relu")(inputs)
-    pooled = keras.layers.GlobalAveragePooling2D(name="features")(maps)
-    model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(pooled), name="one")
+    inputs, slices = keras.Input((96, 96, 1)), keras.Input((96, 96, 1))
+    maps = keras.layers.Conv2D(64, 9, strides=8, activation="relu", name="stem")(inputs)
+    backbone = keras.Model(inputs, keras.layers.Conv2D(64, 1, activation="relu", name="last")(maps), name="backbone")
+    pooled = keras.layers.GlobalAveragePooling2D(name="features")(backbone(keras.layers.Rescaling(1 / 255)(slices)))
+    model = keras.Model(slices, keras.layers.Dense(2, activation="softmax")(pooled), name="one")
     body, top = cut(model, "features")
+    told = RECIPE | {"epochs": 1, "augment": None}
     with tempfile.TemporaryDirectory() as cache:
         values, = Kept(body, Path(cache))(files)
-    batches, steps = shuffled(lambda part: [values[part]], labels, BATCH, 0)
-    Learner(top, RECIPE | {"epochs": 1}).fit(batches, labels, steps)
-    Learner(model, RECIPE | {"epochs": 1}).fit(training_dataset(files, labels, BATCH, 0, None), labels, count // BATCH)
+        batches, steps = shuffled(lambda part: [values[part]], labels, BATCH, 0)
+        Learner(top, told).fit(batches, labels, steps)
+        Learner(model, told).fit(training_dataset(files, labels, BATCH, 0, None), labels, count // BATCH)
+        module = ModuleType("deeptumornet.networks.one")
+        module.NETWORK = Network("one", "One", "", 96, 96, "unit", ("stem",))
+        sys.modules[module.__name__] = module
+        study = Study("smoke", Path(cache), Path(cache), {"seed": 0, "classes": ["a", "b"], "positive": "b"})
+        (Path(cache) / "data").mkdir()
+        study.slices.symlink_to(folder)
+        rows = pd.DataFrame({"image_id": [file.stem for file in files], "label": np.where(labels, "b", "a")})
+        fine_tuner(model, 1, told, study)(rows[:-count // 10], rows[-count // 10:])
+
+
+def measure_head(network: str, files: list[Path], labels: np.ndarray) -> None:
+    deterministic(0)
+    model = made(network)
+    settle(model, files)
+    rounds = []
+    for k in range(ROUNDS):
+        arms = (on_features, as_tutorials_do) if k % 2 else (as_tutorials_do, on_features)
+        rounds.append({arm.__name__: timed(arm, model, files, labels) for arm in arms})
+    pairs = [(r["as_tutorials_do"], r["on_features"]) for r in rounds]
+    p = pairs[0][1][0][:, 1]
+    save(f"head_{network}", [slow[1] / fast[1] for slow, fast in pairs], "at least 15, with predictions that differ by at most 1e-5",
+         f"seconds to train the head of {network} for {EPOCHS} epochs on {SLICES} slices of {SIZE} pixels: the frozen network in each step "
+         "by Keras' fit, by kept features", seconds=[[slow[1], fast[1]] for slow, fast in pairs],
+         largest_difference=max(float(np.abs(slow[0] - fast[0]).max()) for slow, fast in pairs),
+         predictions={"least": float(p.min()), "largest": float(p.max()), "deviation": float(p.std())})
+
+
+def measure_steps(network: str, folder: Path) -> None:
+    pairs = []
+    for k in range(ROUNDS):
+        arms = (True, False) if k % 2 else (False, True)
+        found = {ours: steps_of(network, folder, ours) for ours in arms}
+        pairs.append((found[False], found[True]))
+    for k, (what, how) in enumerate((("first_step", "first training step"), ("steady_step", f"median of the next {STEPS} training steps"))):
+        save(f"{what}_{network}", [theirs[k] / ours[k] for theirs, ours in pairs], "at least 1",
+             f"{how} of the whole network at batch 8 and {SIZE} pixels, each in a fresh process: Keras as it comes (XLA, no determinism) "
+             "by ours", seconds=[[theirs[k], ours[k]] for theirs, ours in pairs])
+
+
+def measure_memory() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        write_slices(Path(name), 20_000, 96)
+        rounds = [[peak_of(__file__, "stream", name, count) for count in (2_000, 20_000)] for _ in range(ROUNDS)]
+    save("training_memory", [many / few for few, many in rounds], "at most 300 MB more for ten times the slices",
+         "peak resident memory to keep features of 20,000 slices, train on them and on the slices, and fine-tune on kept activations, by "
+         "that with 2,000", mb=rounds, more_mb=max(many - few for few, many in rounds))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        stream(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1:2] == ["stream"]:
+        stream(Path(sys.argv[2]), int(sys.argv[3]))
         print(peak())
         sys.exit()
-    labels = (np.arange(SLICES) % 2).astype("int64")
+    if sys.argv[1:2] == ["step"]:
+        print(*first_and_steady(sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "1"))
+        sys.exit()
+    chosen = sys.argv[1:] or [*NETWORKS, "memory"]
     with tempfile.TemporaryDirectory() as name:
         files = write_slices(Path(name), SLICES, SIZE)
-        for network in NETWORKS:
-            model = made(network)
-            settle(model, files)
-            ours, fast = timed(on_features, model, files, labels)
-            theirs, slow = timed(as_tutorials_do, model, files, labels)
-            save(f"head_{network}", [slow / fast], "at least 15, with predictions that differ by at most 1e-5",
-                 f"seconds to train the head of {network} for {EPOCHS} epochs on {SLICES} slices of {SIZE} pixels: the frozen network in "
-                 "each step by Keras' fit, by kept features", seconds=[slow, fast], largest_difference=float(np.abs(ours - theirs).max()))
-            pairs = [(first_and_steady(network, files, labels, False), first_and_steady(network, files, labels, True)) for _ in range(2)]
-            save(f"first_step_{network}", [theirs[0] / ours[0] for theirs, ours in pairs], "at least 1",
-                 "first training step of the whole network at batch 8: Keras' defaults by ours", seconds=pairs)
-            save(f"steady_step_{network}", [theirs[1] / ours[1] for theirs, ours in pairs], "at least 1",
-                 "one of the next training steps: Keras' defaults by ours", seconds=pairs)
-    with tempfile.TemporaryDirectory() as name:
-        write_slices(Path(name), 20_000, 96)
-        few, many = (peak_of(__file__, name, count) for count in (2_000, 20_000))
-    save("training_memory", [many / few], "at most 300 MB more for ten times the slices",
-         "peak resident memory to keep features of 20,000 slices and train on them and on the slices, by that with 2,000", mb=[few, many],
-         more_mb=many - few)
+        for network in [n for n in chosen if n != "memory"]:
+            measure_steps(network, Path(name))
+            measure_head(network, files, (np.arange(SLICES) % 2).astype("int64"))
+    if "memory" in chosen:
+        measure_memory()

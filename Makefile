@@ -26,6 +26,7 @@ study: .venv/.ready ## data, networks, tables, figures, report and a served mode
 	@dvc repro
 
 paper: .venv/.ready ## the same with profile paper, on the Kaggle slices; ARGS="-S paper.collect.source=FOLDER" changes a line
+	-@deeptumornet check 2>/dev/null
 	@dvc exp run -S profile=paper $(ARGS)
 
 test: .venv/.extras ## ruff, the nbdev gates, nbval, pytest with a smoke dvc repro

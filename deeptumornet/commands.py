@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from .study import StudyError, open_study, project_root, read_json, run_notebook, sha256
+from .study import StudyError, open_study, project_root, read_json, record_weights, run_notebook, sha256
 
 # %% auto #0
 __all__ = ['AUDITED', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'Keeper', 'serve',
@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     "The words that `deeptumornet` knows"
     top = argparse.ArgumentParser(prog="deeptumornet", description="Lung CT slices by transfer learning: a reproducible study.")
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="check params.yaml")
+    commands.add_parser("check", help="check params.yaml, and note which weights the networks start from")
     run = commands.add_parser("run", help="run one notebook of the study, as a DVC stage does")
     run.add_argument("notebook", help="its name in nbs/, such as 02_preprocessing")
     run.add_argument("--profile", help="default: the one in params.yaml")
@@ -308,7 +308,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     try:
         if arguments.command == "check":
-            open_study()
+            record_weights(open_study())
         elif arguments.command == "run":
             print(run_stage(arguments.notebook, arguments.profile))
         elif arguments.command == "monitor":

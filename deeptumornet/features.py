@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['BATCH', 'BLOCK', 'decode', 'steady', 'slice_dataset', 'forward', 'cut', 'Kept', 'fingerprint']
+__all__ = ['BATCH', 'BLOCK', 'decode', 'steady', 'slice_dataset', 'memory', 'forward', 'cut', 'Kept', 'fingerprint']
 
 # %% ../nbs/03a_features.ipynb #c007
 BATCH = 32
@@ -51,6 +52,17 @@ def slice_dataset(files: Sequence[Path], batch: int = BATCH) -> tf.data.Dataset:
 
     paths = tf.data.Dataset.from_tensor_slices([str(f) for f in files])
     return steady(paths.map(decode, num_parallel_calls=2).batch(batch).prefetch(2))
+
+
+@contextmanager
+def memory(doing: str) -> Iterator[None]:
+    "StudyError where the memory does not suffice for the block, which is to do what `doing` says"
+    import tensorflow as tf
+
+    try:
+        yield
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        raise StudyError(f"memory is not enough to {doing}: lower train.batch or train.size in params.yaml, or close other programs") from error
 
 
 def forward(model: Callable, slices: int, training: bool = False) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -102,7 +114,7 @@ class Kept:
     asked for."""
 
     def __init__(self, model: keras.Model, cache: Path):
-        self.model, self.folder, self.damaged = model, cache / f"{model.name}-{fingerprint(model)}", 0
+        self.model, self.folder, self.damaged = model, cache / fingerprint(model), 0
         self.row = np.dtype([("slice", "S64"), *((f"x{k}", np.float32, output.shape[1:]) for k, output in enumerate(model.outputs))])
         self.at: dict[str, tuple[Path, int]] = {}
         self.digest: dict[Path, str] = {}
@@ -122,12 +134,18 @@ class Kept:
 
     def __call__(self, files: Sequence[Path], what: str = "features") -> list[np.ndarray]:
         "The model's outputs for `files` (a list of float32, n × …), computed where they are not kept; with a progress bar `what`"
+        self.keep(files, what)
+        with memory(f"hold the {what} of {len(files)} slices"):
+            return self.read(files)
+
+    def keep(self, files: Sequence[Path], what: str = "features") -> None:
+        "Compute the outputs for `files` where they are not kept, a block in memory at a time; with a progress bar `what`"
         self.digest.update({file: sha256(file) for file in files if file not in self.digest})
         wanted = dict.fromkeys(self.digest[file] for file in files)
         missing = {digest: file for file, digest in self.digest.items() if digest in wanted and digest not in self.at}
         if missing:
-            self._compute(missing, what, forward(self.model, len(wanted)))  # what is kept does not change how the rest is computed
-        return self.read(files)
+            with memory(f"compute the {what}"):
+                self._compute(missing, what, forward(self.model, len(wanted)))  # what is kept does not change how the rest is computed
 
     def read(self, files: Sequence[Path]) -> list[np.ndarray]:
         "The kept outputs for `files`, all of which have been asked for before"
@@ -163,10 +181,11 @@ class Kept:
 
 
 def fingerprint(model: keras.Model) -> str:
-    "A hash of the kinds of layers of `model`, their shapes and weights: what its outputs depend on, besides the slice"
+    "A hash of the layers of `model`, what each is told, their shapes and weights: what its outputs depend on, besides the slice"
     import keras
 
-    kinds = [[type(layer).__name__, [list(tensor.shape) for tensor in keras.tree.flatten(layer.output)]] for layer in _flat(model)]
+    kinds = [[type(layer).__name__, {k: v for k, v in layer.get_config().items() if k not in ("name", "trainable", "momentum")},
+              [list(tensor.shape) for tensor in keras.tree.flatten(layer.output)]] for layer in _flat(model)]
     digest = hashlib.sha256(json.dumps(kinds).encode())
     for variable in model.variables:
         digest.update(np.ascontiguousarray(variable.numpy()).data)

@@ -17,15 +17,15 @@ from deeptumornet.training import (
     add_head,
     all_features,
     deterministic,
-    fine_tune,
+    fine_tuner,
     fit_head,
-    load_model,
     load_network,
     log_run,
     predict_slices,
     prediction_rows,
     save_all,
     settings_of,
+    trained_body,
 )
 
 # %% auto #0
@@ -37,22 +37,21 @@ def finetune(study: Study, name: str) -> pd.DataFrame:
     predictions; the curve, with a column `phase` (head, network).
 
     A chosen depth of 0 becomes 1: one cut is fine-tuned even where the search looked at heads only."""
-    settings = settings_of(study, name) | {"schedule": "constant"}
+    settings = settings_of(study, name)
     chosen = read_json(study.reports / "tuning" / "chosen.json")["chosen"]
     depth = max(1, chosen.pop("depth"))
     manifest = load_manifest(study.manifest)
     train, validation = (manifest[manifest["split"] == part] for part in ("train", "validation"))
     deterministic(study.seed)
     start = time.monotonic()
-    body = cut(load_model(study.models / name / "model.keras"), "features")[0]
-    body = type(body)(body.input, body.outputs[0], name=name)
+    body = trained_body(study, name)
     told = settings | chosen
     with tracked(study, f"fine-tune {name}", {"network": name, "depth": depth, "cut": load_network(name).cuts[depth - 1], **told}):
         model = add_head(body, len(study.classes), told, study.seed)
         features = all_features(body, manifest, study)
         first = fit_head(Learner(cut(model, "features")[1], told), features, train, validation, study)
         slow = told | {k: study["finetune"][k] for k in ("epochs", "patience", "augment")}
-        second = fine_tune(model, depth, train, validation, slow, study)
+        second = fine_tuner(model, depth, slow, study)(train, validation)
         curve = pd.concat([first.assign(phase="head"), second.assign(phase="network")], ignore_index=True)
         curve["epoch"] = range(len(curve))
         seconds = time.monotonic() - start

@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +35,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'StudyError', 'project_root', 'check_params', 'load_params', 'sweep', 'atomic', 'write_json',
            'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'weights_file', 'weights_told',
-           'with_weights', 'save_figure', 'progress', 'code_revision', 'tracked', 'run_notebook']
+           'record_weights', 'with_weights', 'save_figure', 'progress', 'time_left', 'code_revision', 'tracked',
+           'run_notebook']
 
 # %% ../nbs/00_study.ipynb #c005
 class StudyError(Exception):
@@ -42,6 +45,7 @@ class StudyError(Exception):
 # %% ../nbs/00_study.ipynb #c007
 PROFILES = ("demo", "paper", "smoke")
 STAGES = ("collect", "preprocess", "train", "tune", "finetune", "compare", "cost", "explain", "export")
+_AUGMENT = ("shift", "rotate", "scale", "intensity", "noise", "blur", "flip")
 _CHOICES = {
     ("preprocess", "normalise"): ("lungs", "masked", "scaling", "clahe"), ("train", "method"): ("scratch", "head"),
     ("train", "optimizer"): ("adam", "adamw", "rmsprop"), ("train", "schedule"): ("constant", "cosine"),
@@ -99,7 +103,25 @@ def check_params(params: dict, root: Path) -> dict:
             for name in (set(value) - {"others"}) ^ set(params["networks"]):
                 if name in value or "others" not in value:
                     raise StudyError(f"params.yaml: train.{key} and networks disagree about {name!r}; name it in both, or give a value for others")
+    _check_learning(profile)
     return params
+
+
+def _check_learning(profile: dict) -> None:
+    "StudyError for what the networks cannot be told: a mirror image of a heart, an unknown depth, an augmentation with a word missing"
+    for stage in ("train", "finetune"):
+        told = profile[stage].get("augment") or {}
+        missing = [word for word in _AUGMENT if told and word not in told]
+        if missing:
+            raise StudyError(f"params.yaml: {stage}.augment has no {missing[0]!r}: give all of {', '.join(_AUGMENT)}, or null for none")
+        if told.get("flip") and profile["preprocess"]["normalise"] != "masked":
+            raise StudyError(f"params.yaml: {stage}.augment.flip would put the heart on the right, for preprocess.normalise "
+                             f"{profile['preprocess']['normalise']!r} shows it: write flip: false, or normalise: masked")
+    for depth in profile["tune"].get("depths", [0]):
+        if depth not in (0, 1, 2):
+            raise StudyError(f"params.yaml: tune.depths {depth!r} is unknown; choose 0 (the head alone), 1, 2 (from the network's first or second cut)")
+    if profile["finetune"].get("networks") and not profile["finetune"]["epochs"] > 0:
+        raise StudyError("params.yaml: finetune.epochs must be 1 at least where finetune.networks names a network; or write networks: []")
 
 
 def load_params(root: Path) -> dict:
@@ -111,10 +133,14 @@ def load_params(root: Path) -> dict:
     return check_params(params, root)
 
 # %% ../nbs/00_study.ipynb #c011
+_HOST = socket.gethostname().replace(".", "-")
+
+
 def sweep(folder: Path, pattern: str = "*") -> None:
-    "Remove what killed processes left of the files and folders in `folder` that match `pattern`, see `atomic`"
+    "Remove what killed processes of this host left of the files and folders in `folder` that match `pattern`, see `atomic`"
     for left in folder.glob(f".{pattern}.*~"):
-        if not psutil.pid_exists(int(left.suffix[1:-1])):
+        process, _, host = left.suffix[1:-1].partition("@")
+        if host == _HOST and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -135,7 +161,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, glob.escape(path.name))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}~", dir=path.parent)) / path.name
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}@{_HOST}~", dir=path.parent)) / path.name
     try:
         yield temporary
         if path.is_dir():
@@ -267,6 +293,14 @@ def weights_told(name: str, weights: str, root: Path) -> dict:
     return {"weights": f"{file.name} ({digest[:12]})" if file else weights, "weights_sha256": digest}
 
 
+def record_weights(study: Study) -> Path:
+    """Write data/weights.json, which the train stage depends on: `weights_told` of each network, so that a file whose bytes changed is noticed where
+    its name did not. StudyError for a file that is missing."""
+    given = study["train"]["weights"]
+    each = {name: given.get(name, given.get("others")) if isinstance(given, dict) else given for name in study.networks}
+    return write_json(study.workspace / "data" / "weights.json", {name: weights_told(name, str(value), study.root) for name, value in each.items()})
+
+
 def with_weights(table: pd.DataFrame, study: Study) -> pd.DataFrame:
     """`table` with a column `weights` after its column `name` or `network` (`weights_a`, `weights_b` after `a`, `b`): what each candidate started
     from, as its card says, "baseline" for a row that is none. Unchanged where no column names a candidate."""
@@ -293,6 +327,12 @@ def save_figure(fig: Any, study: Study, name: str) -> Path:
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     "`items` with a progress bar named `what` on stderr"
     return tqdm(items, desc=what, total=total, mininterval=1.0, leave=False)
+
+
+def time_left(what: str, done: int, total: int, start: float) -> None:
+    "A line on stderr: `what` was done, as the `done`-th of `total`, begun at `start` (of time.monotonic), and about how long the rest takes"
+    took = time.monotonic() - start
+    print(f"{what}: {done} of {total} in {tqdm.format_interval(took)}, {tqdm.format_interval(took / done * (total - done))} left", file=sys.stderr, flush=True)
 
 # %% ../nbs/00_study.ipynb #c024
 def code_revision(root: Path) -> str:

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,33 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from .features import Kept, cut, decode, forward, slice_dataset, steady
+from .features import Kept, cut, decode, forward, memory, slice_dataset, steady
 from .groups import group_folds, random_split, readable
 from .preprocessing import load_manifest
-from .study import Study, StudyError, atomic, progress, sha256, tracked, weights_file, weights_told, write_csv, write_json
+from deeptumornet.study import (
+    Study,
+    StudyError,
+    atomic,
+    progress,
+    sha256,
+    time_left,
+    tracked,
+    weights_file,
+    weights_told,
+    write_csv,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['CAFFE_MEANS', 'LOW', 'Network', 'load_network', 'settings_of', 'deterministic', 'load_backbone', 'build_body',
-           'add_head', 'save_model', 'load_model', 'augment', 'training_dataset', 'Learner', 'scores', 'shuffled',
-           'settle', 'prediction_rows', 'class_indices', 'Features', 'fit_head', 'inner_split', 'jobs',
-           'cross_validate', 'predictor', 'predict_slices', 'fine_tune', 'train', 'seed_spread', 'all_features',
-           'save_all', 'log_run', 'show_curve', 'show_curves']
+__all__ = ['CAFFE_MEANS', 'LOW', 'Network', 'load_network', 'settings_of', 'deterministic', 'seed_for', 'load_backbone',
+           'build_body', 'add_head', 'save_model', 'load_model', 'augment', 'training_dataset', 'Learner', 'scores',
+           'shuffled', 'settle', 'prediction_rows', 'class_indices', 'training_labels', 'Features', 'fit_head',
+           'inner_split', 'jobs', 'cross_validate', 'trained_body', 'predictor', 'predict_slices', 'fine_tuner',
+           'train', 'seed_spread', 'all_features', 'save_all', 'log_run', 'show_curve', 'show_curves']
 
 # %% ../nbs/03_training.ipynb #c007
 @dataclass(frozen=True)
@@ -76,6 +89,11 @@ def deterministic(seed: int) -> None:
     tf.config.experimental.enable_op_determinism()
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     keras.utils.set_random_seed(seed)
+
+
+def seed_for(seed: int, *use: int) -> int:
+    "The seed of one `use` of the study's `seed`: no use of another, and no other study, has the same (NumPy's SeedSequence)"
+    return int(np.random.SeedSequence([seed, *use]).generate_state(1)[0])
 
 # %% ../nbs/03_training.ipynb #c012
 CAFFE_MEANS = (103.939, 116.779, 123.68)
@@ -221,7 +239,8 @@ class Learner:
 
         self.model, self.settings, self.classes = model, settings, model.output_shape[-1]
         kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "rmsprop": keras.optimizers.RMSprop}[settings["optimizer"]]
-        self.optimizer = kind(settings["rate"], **({"weight_decay": settings["weight_decay"]} if settings["weight_decay"] else {}))
+        decays = settings["weight_decay"] or settings["optimizer"] == "adamw"  # AdamW's own default is 0.004
+        self.optimizer = kind(settings["rate"], **({"weight_decay": settings["weight_decay"]} if decays else {}))
         self.optimizer.build(model.trainable_variables)
         self.start = [v.numpy() for v in self.variables]
         self.step = tf.function(self._step, autograph=False, reduce_retracing=True)
@@ -229,6 +248,10 @@ class Learner:
     @property
     def variables(self) -> list:
         return [*self.model.variables, *self.optimizer.variables]
+
+    def restart(self) -> None:
+        "From now on `fit` trains from the weights that the model has now"
+        self.start[:len(self.model.variables)] = [v.numpy() for v in self.model.variables]
 
     def _step(self, x: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple:
         import keras
@@ -245,51 +268,41 @@ class Learner:
 
     def rates(self, steps: int) -> list[float]:
         "The learning rate of each step: constant, or a warm-up and a cosine decay to a hundredth"
-        import keras
-
-        settings, total = self.settings, steps * self.settings["epochs"]
-        if settings["schedule"] == "constant":
-            return [settings["rate"]] * total
-        warm = min(100, steps, total // 2)
-        cosine = keras.optimizers.schedules.CosineDecay(settings["rate"] / 100, total - warm, warmup_target=settings["rate"], warmup_steps=warm)
-        return [float(cosine(step)) for step in range(total)]
+        return list(_rates(self.settings["schedule"], self.settings["rate"], steps, self.settings["epochs"]))
 
     def fit(self, batches: Iterable[tuple], labels: np.ndarray, steps: int, validate: Callable[[], tuple] | None = None,
-            positive: int = 1, what: str = "") -> pd.DataFrame:
+            positive: int = 1, what: str = "", start_counts: bool = False) -> pd.DataFrame:
         """Train on `steps` of `batches` (inputs, class indices) an epoch; the curve, one row per epoch with loss, accuracy and AUC of
         the class index `positive`, of the training and (val_) the validation part.
 
         `labels` (int, n) are all that are trained on: with class_weight balanced they make the classes weigh the same. `validate` gives
-        the probabilities (n × classes) and labels of the validation part; without it all epochs are run and the last weights stay. With
-        `what`, a progress bar of that name is shown. Raises StudyError where the loss is not a number or memory runs out."""
-        import tensorflow as tf
-
+        the probabilities (n × classes) and labels of the validation part; without it all epochs are run and the last weights stay. Where
+        `start_counts`, the weights that it began with are kept if no epoch has a lower loss. With `what`, a progress bar of that name is
+        shown. Raises StudyError where the loss is not a number or memory runs out."""
         settings, counts = self.settings, np.bincount(labels, minlength=self.classes)
-        if (counts == 0).any():
-            raise StudyError(f"a training part has no slice of class number {int(np.argmin(counts))}: ask for fewer folds in params.yaml")
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
-        weights = (len(labels) / self.classes / counts if settings["class_weight"] == "balanced" else np.ones(self.classes)).astype(np.float32)
+        weights = (len(labels) / self.classes / np.maximum(counts, 1) if settings["class_weight"] == "balanced" else np.ones(self.classes)).astype(np.float32)
         rates, rows, best, batches = self.rates(steps), [], None, iter(batches)
+        if start_counts:
+            best = _with_loss(*validate(), positive)["loss"], -1, self.model.get_weights()
         bar = progress(None, what, len(rates)) if what else None
         for epoch in range(settings["epochs"]):
             losses, seen, told = [], [], []
             for step in range(steps):
                 x, y = next(batches)
                 self.optimizer.learning_rate.assign(rates[epoch * steps + step])
-                try:
+                with memory(f"train {self.model.name} on batches of {len(y)}"):
                     loss, p = self.step(x, y, weights[np.asarray(y)])
-                except tf.errors.ResourceExhaustedError as error:
-                    raise StudyError(f"memory is not enough to train {self.model.name} on batches of {len(y)}: lower train.batch or "
-                                     "train.size in params.yaml, or close other programs") from error
                 losses.append(loss), seen.append(p), told.append(y)
                 if bar is not None:
                     bar.update()
             row = {"epoch": epoch, "loss": float(np.mean(losses)), **scores(np.concatenate(seen), np.concatenate(told), positive)}
-            if not np.isfinite(row["loss"]):
-                raise StudyError(f"the loss of {self.model.name} is no longer a number: lower train.rate from {settings['rate']}")
             if validate is not None:
                 row |= {f"val_{k}": v for k, v in _with_loss(*validate(), positive).items()}
+            if not np.isfinite([row["loss"], row.get("val_loss", 0.0)]).all():
+                raise StudyError(f"the loss of {self.model.name} is no longer a number: lower train.rate from {settings['rate']}")
+            if validate is not None:
                 if best is None or row["val_loss"] < best[0]:
                     best = row["val_loss"], epoch, self.model.get_weights()
             rows.append(row)
@@ -305,7 +318,20 @@ class Learner:
 
     def predict(self, inputs: list[np.ndarray]) -> np.ndarray:
         "Probabilities (n × classes) for the model's `inputs`"
-        return np.asarray(self.model(inputs, training=False))
+        with memory(f"predict with {self.model.name}"):
+            return np.asarray(self.model(inputs, training=False))
+
+
+@cache
+def _rates(schedule: str, rate: float, steps: int, epochs: int) -> tuple[float, ...]:
+    import keras
+
+    total = steps * epochs
+    if schedule == "constant":
+        return (rate,) * total
+    warm = min(100, steps, total // 2)
+    cosine = keras.optimizers.schedules.CosineDecay(rate / 100, total - warm, warmup_target=rate, warmup_steps=warm)
+    return tuple(float(cosine(step)) for step in range(total))
 
 
 def scores(p: np.ndarray, labels: np.ndarray, positive: int) -> dict[str, float]:
@@ -361,6 +387,14 @@ def class_indices(rows: pd.DataFrame, study: Study) -> np.ndarray:
     return rows["label"].map({label: k for k, label in enumerate(study.classes)}).to_numpy(int)
 
 
+def training_labels(rows: pd.DataFrame, study: Study) -> np.ndarray:
+    "`class_indices` of slices that are trained on. StudyError that names a class of which there is none."
+    missing = sorted(set(study.classes) - set(rows["label"]))
+    if missing:
+        raise StudyError(f"a training part has no slice of class {missing[0]!r}: ask for fewer folds in params.yaml, or add slices of it")
+    return class_indices(rows, study)
+
+
 @dataclass(frozen=True)
 class Features:
     "What the frozen network makes of slices: `values` (float32, n × channels), and the row of each image_id in them"
@@ -374,7 +408,7 @@ class Features:
 
 def fit_head(head: Learner, features: Features, train: pd.DataFrame, validation: pd.DataFrame, study: Study, seed: int | None = None) -> pd.DataFrame:
     "Train `head` on the slices `train`, in an order drawn from `seed` (the study's), ended by those of `validation`; the curve"
-    at, labels = features.at(train), class_indices(train, study)
+    at, labels = features.at(train), training_labels(train, study)
     batches, steps = shuffled(lambda part: [features.values[at[part]]], labels, head.settings["batch"], study.seed if seed is None else seed)
     held, truth = features.values[features.at(validation)], class_indices(validation, study)
     return head.fit(batches, labels, steps, lambda: (head.predict([held]), truth), study.classes.index(study.positive))
@@ -393,24 +427,25 @@ def jobs(manifest: pd.DataFrame, study: Study) -> list[tuple[pd.DataFrame, np.nd
     kept = manifest[manifest["split"].isin(["train", "validation"])]
     found = []
     for repeat in range(settings["repeats"]):
-        fold = group_folds(kept, folds, study.seed + 100 + repeat)
+        fold = group_folds(kept, folds, seed_for(study.seed, 1, repeat))
         found += [(kept, fold == k, {"protocol": "grouped", "repeat": repeat, "fold": k}) for k in range(folds)]
     everything = readable(manifest)
     named = manifest[manifest["status"] == "kept"].set_index("image_id")["group"]
     everything = everything.assign(group=everything["image_id"].map(named))
-    return found + [(everything, random_split(everything, study.seed + repeat), {"protocol": "published", "repeat": repeat, "fold": 0})
+    return found + [(everything, random_split(everything, seed_for(study.seed, 2, repeat)), {"protocol": "published", "repeat": repeat, "fold": 0})
                     for repeat in range(settings["published_repeats"])]
 
 
 def cross_validate(head: Learner, features: Features, manifest: pd.DataFrame, study: Study, network: str) -> pd.DataFrame:
-    "Out-of-sample predictions of both protocols"
-    parts = []
-    for rows, test, told in progress(jobs(manifest, study), f"folds of {network}"):
+    "Out-of-sample predictions of both protocols; a line a fold tells the time left"
+    parts, wanted, start = [], jobs(manifest, study), time.monotonic()
+    for rows, test, told in wanted:
         rest = rows[~test]
-        inner = inner_split(rest, told["protocol"], study["preprocess"]["folds"], study.seed + told["repeat"])
+        inner = inner_split(rest, told["protocol"], study["preprocess"]["folds"], seed_for(study.seed, 3, told["repeat"]))
         fit_head(head, features, rest[~inner], rest[inner], study)
         p = head.predict([features.values[features.at(rows[test])]])
         parts.append(prediction_rows(rows[test], p, study.classes, network=network, **told))
+        time_left(f"{network}, {told['protocol']} repeat {told['repeat']} fold {told['fold']}", len(parts), len(wanted), start)
     return pd.concat(parts) if parts else pd.DataFrame()
 
 # %% ../nbs/03_training.ipynb #c031
@@ -418,10 +453,21 @@ LOW = 0.01
 "The rate of fine-tuning by the rate of the head"
 
 
+def trained_body(study: Study, name: str) -> keras.Model:
+    "The trained network `name` from slices to features, as it was saved"
+    body = cut(load_model(study.models / name / "model.keras"), "features")[0]
+    return type(body)(body.input, body.outputs[0], name=name)
+
+
 def predictor(model: keras.Model, slices: int) -> Callable[[Sequence[Path]], np.ndarray]:
     "A function from prepared slices' files to probabilities (n × classes), in batches, for about so many `slices` in all"
     run = forward(model, slices)
-    return lambda files: np.concatenate([run(batch).numpy() for batch in slice_dataset(files)])
+
+    def predict(files: Sequence[Path]) -> np.ndarray:
+        with memory(f"predict with {model.name}"):
+            return np.concatenate([run(batch).numpy() for batch in slice_dataset(files)])
+
+    return predict
 
 
 def predict_slices(model: keras.Model, files: Sequence[Path]) -> np.ndarray:
@@ -429,34 +475,40 @@ def predict_slices(model: keras.Model, files: Sequence[Path]) -> np.ndarray:
     return predictor(model, len(files))(files)
 
 
-def fine_tune(model: keras.Model, depth: int, train: pd.DataFrame, validation: pd.DataFrame, settings: dict, study: Study) -> pd.DataFrame:
-    """Train, in place, what comes after the `depth`-th of the network's cuts in `model`, from the weights it has, at `LOW` times the rate; the curve.
+def fine_tuner(model: keras.Model, depth: int, settings: dict, study: Study, kept: Kept | None = None) -> Callable[..., pd.DataFrame]:
+    """A function of the train and validation slices that trains, in place, what comes after the `depth`-th of the network's cuts in `model`, from
+    the weights that it has then, at `LOW` times the rate; the curve. The weights stay as they were where no epoch has a lower loss.
 
-    Without augmentation the activations at the cut are kept, so that the lower part runs once for each slice; batch normalisation keeps
-    its statistics."""
+    Without augmentation the activations at the cut are kept (in `kept`, where there is one for this cut), so that the lower part runs once
+    for each slice; batch normalisation keeps its statistics."""
     for layer in _norms(model):
         layer.trainable = False
     lower, upper = cut(model, load_network(model.name).cuts[depth - 1])
-    slow = settings | {"rate": settings["rate"] * LOW}
-    files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in (("train", train), ("validation", validation))}
-    labels, truth = class_indices(train, study), class_indices(validation, study)
-    steps = int(np.ceil(len(labels) / settings["batch"]))
-    positive, what = study.classes.index(study.positive), f"fine-tuning {model.name}"
+    slow, batch, what = settings | {"rate": settings["rate"] * LOW}, settings["batch"], f"fine-tuning {model.name}"
     if settings["augment"]:
         lower.trainable = False
-        batches = training_dataset(files["train"], labels, settings["batch"], study.seed, settings["augment"])
-        look = predictor(model, settings["epochs"] * len(truth))
-        return Learner(model, slow).fit(batches, labels, steps, lambda: (look(files["validation"]), truth), positive, what)
-    kept = Kept(lower, study.workspace / ".cache")
-    kept(files["train"] + files["validation"], f"activations of {model.name}")
-    batches, steps = shuffled(lambda part: kept.read([files["train"][k] for k in part]), labels, settings["batch"], study.seed)
-    learner = Learner(upper, slow)
+        learner = Learner(model, slow)
+    else:
+        kept, learner = kept or Kept(lower, study.workspace / ".cache"), Learner(upper, slow)
 
-    def look() -> tuple[np.ndarray, np.ndarray]:
-        some = range(0, len(truth), settings["batch"])
-        return np.concatenate([learner.predict(kept.read(files["validation"][k:k + settings["batch"]])) for k in some]), truth
+    def tune(train: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
+        learner.restart()
+        files, held = ([study.slices / f"{i}.png" for i in rows["image_id"]] for rows in (train, validation))
+        labels, truth = training_labels(train, study), class_indices(validation, study)
+        steps = int(np.ceil(len(labels) / batch))
+        if settings["augment"]:
+            batches, predict = training_dataset(files, labels, batch, study.seed, settings["augment"]), predictor(model, settings["epochs"] * len(truth))
+        else:
+            kept.keep(files + held, f"activations of {model.name}")
+            batches, _ = shuffled(lambda part: kept.read([files[k] for k in part]), labels, batch, study.seed)
 
-    return learner.fit(batches, labels, steps, look, positive, what)
+            def predict(some: list[Path]) -> np.ndarray:
+                return np.concatenate([learner.predict(kept.read(some[k:k + batch])) for k in range(0, len(some), batch)])
+
+        return learner.fit(batches, labels, steps, lambda: (predict(held), truth), study.classes.index(study.positive), what, start_counts=True)
+
+    return tune
+
 
 # %% ../nbs/03_training.ipynb #c033
 def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFrame]:
@@ -470,7 +522,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
     model = add_head(build_body(backbone, network, study["preprocess"]["size"]), len(study.classes), settings, study.seed)
     parts = {part: manifest[manifest["split"] == part] for part in ("train", "validation")}
     files = {part: [study.slices / f"{i}.png" for i in rows["image_id"]] for part, rows in parts.items()}
-    labels = {part: class_indices(rows, study) for part, rows in parts.items()}
+    labels = {"train": training_labels(parts["train"], study), "validation": class_indices(parts["validation"], study)}
     start = time.monotonic()
     with tracked(study, f"train {name}", {"network": name, **settings}):
         if settings["method"] == "scratch":

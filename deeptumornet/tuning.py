@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .features import cut, fingerprint
+from .features import Kept, cut, fingerprint
 from .groups import group_folds
 from .metrics import group_weights, weighted_auc
 from .preprocessing import load_manifest
-from .study import Study, StudyError, progress, read_json, tracked, write_json, write_table
+from .study import Study, StudyError, read_json, sha256, time_left, tracked, with_weights, write_json, write_table
 from deeptumornet.training import (
     Features,
     Learner,
@@ -33,30 +33,45 @@ from deeptumornet.training import (
     all_features,
     cross_validate,
     deterministic,
-    fine_tune,
+    fine_tuner,
     fit_head,
-    load_model,
     load_network,
     log_run,
+    predict_slices,
     prediction_rows,
     save_all,
+    seed_for,
     settings_of,
+    trained_body,
 )
 
 # %% auto #0
-__all__ = ['SPACE', 'SEARCHES', 'search', 'score', 'paired', 'tune', 'search_figure']
+__all__ = ['SPACE', 'GRID', 'SEARCHES', 'grid_space', 'search', 'score', 'paired', 'tune', 'search_figure']
 
 # %% ../nbs/07_tuning.ipynb #c007
 SPACE = {"optimizer": ["adam", "rmsprop"], "rate": [0.0003, 0.001, 0.003, 0.01], "dropout": [0.0, 0.2, 0.4], "units": [0, 64],
          "weight_decay": [0.0, 0.004]}
+GRID = {"rate": [0.001, 0.01], "units": [0, 64], "dropout": [0.0, 0.4], "optimizer": ["adam", "rmsprop"], "weight_decay": [0.0, 0.004]}
+"What a grid takes of SPACE, the most telling axis first"
 SEARCHES = ("grid", "random", "bayesian", "hyperband")
 
+
+def grid_space(depths: Sequence[int], trials: int) -> dict[str, list]:
+    "The axes of SPACE and the depth, each with its values in a grid of at most `trials` points (or of the `depths` alone, where these are more)"
+    space, points = {}, len(depths)
+    for what, values in GRID.items():
+        space[what] = values if points * len(values) <= trials else values[:1]
+        points *= len(space[what])
+    return {**{what: space[what] for what in SPACE}, "depth": list(depths)}
+
 # %% ../nbs/07_tuning.ipynb #c009
-def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int], trials: int, epochs: int, seed: int, folder: Path) -> pd.DataFrame:
+def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int], trials: int, epochs: int, seed: int, folder: Path,
+           note: Callable[[dict], None] = lambda told: None) -> pd.DataFrame:
     """The trials of a `kind` of SEARCHES over SPACE and `depths`, in their order: one row each with its values, val_loss, val_auc and seconds.
 
-    `trial(values, epochs)` gives val_loss and val_auc. `folder` keeps the answers. Hyperband takes its own number of trials, of up to
-    `epochs`. Raises StudyError for another `kind`, and where no trial gave a loss."""
+    `trial(values, epochs)` gives val_loss and val_auc. `folder` keeps the answers. `note` is told each row as it comes, with `cached`: whether
+    these values had been answered before. Hyperband takes its own number of trials, of up to `epochs`. Raises StudyError for another `kind`,
+    where a trial raises one, and where no trial gave a loss."""
     import keras_tuner
     from keras_tuner import oracles
     from sklearn.exceptions import ConvergenceWarning
@@ -72,7 +87,7 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
     if kind not in kinds:
         raise StudyError(f"params.yaml: tune.searches {kind!r} is unknown; choose {', '.join(kinds)}")
     space = keras_tuner.HyperParameters()
-    for what, values in {**SPACE, "depth": list(depths)}.items():
+    for what, values in (grid_space(depths, trials) if kind == "grid" else {**SPACE, "depth": list(depths)}).items():
         space.Choice(what, values)
 
     class Search(keras_tuner.engine.base_tuner.BaseTuner):
@@ -80,11 +95,15 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
             values = {what: run.hyperparameters.values[what] for what in (*SPACE, "depth")}
             limit = int(run.hyperparameters.values.get("tuner/epochs", epochs))
             answer = folder / "answers" / f"{hashlib.sha256(json.dumps([values, limit]).encode()).hexdigest()[:16]}.json"
-            if not answer.exists():
-                start = time.monotonic()
-                found = trial(values, limit)
+            number, cached, start = int(run.trial_id) + 1, answer.exists(), time.monotonic()
+            if not cached:
+                try:
+                    found = trial(values, limit)
+                except StudyError as error:
+                    raise keras_tuner.errors.FatalError(f"trial {number} of the {kind} search ({values}): {error}") from error
                 write_json(answer, {**values, "epochs": limit, **found, "seconds": time.monotonic() - start})
             write_json(Path(self.get_trial_dir(run.trial_id)) / "answer.json", read_json(answer))
+            note({"search": kind, "trial": number, "cached": cached, **read_json(answer)})
             return read_json(answer)["val_loss"]
 
     budget = {"max_epochs": epochs} if kind == "hyperband" else {"max_trials": trials}
@@ -95,24 +114,28 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
                          **budget)  # keras-tuner takes the seed 0 for none
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):  # small matrices: a second thread makes a proposal four times slower
         warnings.simplefilter("ignore", ConvergenceWarning)
-        Search(oracle, directory=str(folder), project_name=kind, overwrite=not worker).search(verbose=0)
+        try:
+            Search(oracle, directory=str(folder), project_name=kind, overwrite=not worker).search(verbose=0)
+        except keras_tuner.errors.FatalError as error:
+            raise StudyError(str(error)) from error
     answers = sorted(folder.joinpath(kind).glob("trial_*/answer.json"), key=lambda file: int(file.parent.name.removeprefix("trial_")))
     if not answers:
         raise StudyError(f"no trial of the {kind} search gave a loss: lower tune.epochs or tune.folds in params.yaml")
     return pd.DataFrame([{"search": kind, "trial": k + 1, **read_json(file)} for k, file in enumerate(answers)])
 
 # %% ../nbs/07_tuning.ipynb #c014
-def score(body, features: Features, rows: pd.DataFrame, values: Mapping, settings: dict, study: Study) -> dict[str, float]:
+def score(body, features: Features, rows: pd.DataFrame, values: Mapping, settings: dict, study: Study, kept: Kept | None = None) -> dict[str, float]:
     """val_loss and val_auc, means over `tune.folds` grouped folds of `rows`, of a head with `values` of SPACE on `body` and of its last
-    layers to the depth that they say; `settings` are the train stage's with the epochs of a trial."""
+    layers to the depth that they say (`kept`: the activations at that cut); `settings` are the train stage's with the epochs of a trial."""
     told = settings | {what: values[what] for what in SPACE}
     model = add_head(body, len(study.classes), told, study.seed)
     head, before = Learner(cut(model, "features")[1], told), body.get_weights()
-    fold, best = group_folds(rows, study["tune"]["folds"], study.seed + 200), []
+    last_layers = fine_tuner(model, values["depth"], told, study, kept) if values["depth"] else None
+    fold, best = group_folds(rows, study["tune"]["folds"], seed_for(study.seed, 4)), []
     for k in range(study["tune"]["folds"]):
         curve = fit_head(head, features, rows[fold != k], rows[fold == k], study)
-        if values["depth"]:
-            curve = fine_tune(model, values["depth"], rows[fold != k], rows[fold == k], told, study)
+        if last_layers:
+            curve = pd.concat([curve, last_layers(rows[fold != k], rows[fold == k])], ignore_index=True)
             body.set_weights(before)
         best.append(curve.loc[curve["val_loss"].idxmin(), ["val_loss", "val_auc"]])
     return {k: float(v) for k, v in pd.DataFrame(best).mean().items()}
@@ -143,34 +166,41 @@ def paired(untuned: pd.DataFrame, tuned: pd.DataFrame, study: Study, draws: int 
 def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
     """Search, write the trials and the choice, train the winner as models/tuned; (trials, chosen values).
 
-    Where `tune.chief` is an address, this process deals out the trials there, and does none itself. A `worker` only works them off, and
+    With a chosen depth the winner's last layers learn too, and its predictions are those of the validation slices alone: folds of fine-tuning
+    would take hours. Where `tune.chief` is an address, this process deals out the trials there, and does none itself. A `worker` only works them off, and
     gives the trials of the searches that it met, with nothing chosen. StudyError where no chief answers it."""
     import mlflow
 
     settings, name = study["tune"], study.settings["tune_on"]
-    told = settings_of(study, name) | {"epochs": settings["epochs"], "schedule": "constant", "augment": None}
+    told = settings_of(study, name) | {"epochs": settings["epochs"], "augment": None}
     manifest = load_manifest(study.manifest)
     deterministic(study.seed)
-    body = cut(load_model(study.models / name / "model.keras"), "features")[0]
-    body = type(body)(body.input, body.outputs[0], name=name)
+    body = trained_body(study, name)
     features = all_features(body, manifest, study)
     rows = manifest[manifest["split"].isin(["train", "validation"])]
-    folder = study.workspace / ".cache" / f"search-{fingerprint(body)}"
-    with tracked(study, f"tune {name}", {"network": name, **settings}), progress(None, f"trials on {name}") as bar:
+    cuts = load_network(name).cuts
+    kept = {depth: Kept(cut(body, cuts[depth - 1])[0], study.workspace / ".cache") for depth in settings["depths"] if depth}
+    depends = json.dumps([fingerprint(body), sha256(study.manifest), study.classes, study.positive, study.seed, settings["folds"], told])
+    folder = study.workspace / ".cache" / f"search-{hashlib.sha256(depends.encode()).hexdigest()[:24]}"
+    with tracked(study, f"tune {name}", {"network": name, **settings}):
+        begun, done = time.monotonic(), []
+
         def trial(values: dict, epochs: int) -> dict:
-            with mlflow.start_run(run_name="trial", nested=True):
-                found = score(body, features, rows, values, told | {"epochs": epochs}, study)
-                mlflow.log_params({**values, "epochs": epochs})
-                mlflow.log_metrics(found)
-            bar.update()
-            return found
+            return score(body, features, rows, values, told | {"epochs": epochs}, study, kept.get(values["depth"]))
+
+        def note(row: dict) -> None:
+            done.append(f"trial {row['trial']} of {row['search']}")
+            with mlflow.start_run(run_name=done[-1], nested=True):
+                mlflow.log_params({k: v for k, v in row.items() if k not in ("val_loss", "val_auc", "seconds")})
+                mlflow.log_metrics({k: row[k] for k in ("val_loss", "val_auc", "seconds")})
+            time_left(f"{name}, {done[-1]}", len(done), max(len(done), settings["trials"] * len(settings["searches"])), begun)
 
         searches = []
         for k, kind in enumerate(settings["searches"]):
             if worker and not _deals(settings["chief"], k, len(settings["searches"])):
                 continue
             with _chief(settings["chief"], k, worker):
-                searches.append(search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder))
+                searches.append(search(kind, trial, settings["depths"], settings["trials"], settings["epochs"], study.seed, folder, note))
         trials = pd.concat(searches or [pd.DataFrame()], ignore_index=True)
         if worker:
             return trials, {}
@@ -178,13 +208,18 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
         chosen = {what: best[what].item() if hasattr(best[what], "item") else best[what] for what in (*SPACE, "depth")}
         train, validation = (manifest[manifest["split"] == part] for part in ("train", "validation"))
         told |= {what: chosen[what] for what in SPACE}
-        tuned = add_head(body, len(study.classes), told, study.seed)
+        tuned = add_head(trained_body(study, name), len(study.classes), told, study.seed)
         head = Learner(cut(tuned, "features")[1], told)
-        folds = cross_validate(head, features, manifest, study, "tuned") if told["method"] == "head" else pd.DataFrame()
+        folds = cross_validate(head, features, manifest, study, "tuned") if told["method"] == "head" and not chosen["depth"] else pd.DataFrame()
         start = time.monotonic()
         curve = fit_head(head, features, train, validation, study)
+        if chosen["depth"]:
+            last_layers = fine_tuner(tuned, chosen["depth"], told, study, kept[chosen["depth"]])
+            curve = pd.concat([curve, last_layers(train, validation)], ignore_index=True)
+            curve["epoch"] = range(len(curve))
         seconds = time.monotonic() - start
-        held = prediction_rows(validation, head.predict([features.values[features.at(validation)]]), study.classes, network="tuned",
+        p = predict_slices(tuned, [study.slices / f"{i}.png" for i in validation["image_id"]])
+        held = prediction_rows(validation, p, study.classes, network="tuned",
                                protocol="validation", repeat=0, fold=0)
         predictions = pd.concat([held, folds], ignore_index=True)
         save_all(study, tuned, load_network(name), told, curve, predictions, seconds, name="tuned",
@@ -193,7 +228,7 @@ def tune(study: Study, worker: bool = False) -> tuple[pd.DataFrame, dict]:
         untuned = pd.read_csv(study.reports / "networks" / name / "predictions.csv", dtype={"image_id": str, "group": str})
         compared = paired(untuned, predictions, study)
         mlflow.log_metrics({"auc_difference": compared["difference"]})
-        write_table(study.report("tuning", "trials.csv"), trials)
+        write_table(study.report("tuning", "trials.csv"), with_weights(trials.assign(network=name), study))
         write_json(study.report("tuning", "comparison.json"), compared)
         write_json(study.report("tuning", "chosen.json"), {"network": name, "search": best["search"], "trials": len(trials), "folds": settings["folds"],
                                                            "chosen": chosen, "val_loss": float(best["val_loss"])})

@@ -115,7 +115,7 @@ def test_the_service_logs_what_monitoring_reads(champion, phantoms, tmp_path, mo
 def test_feedback_needs_the_token_a_known_prediction_and_a_class(champion, slice_png, tmp_path, monkeypatch):
     app = create_app(champion)
     client, good = app.test_client(), {"Authorization": f"Bearer {TOKEN}"}
-    assert client.post(FEED, json={}).status_code == 404
+    assert client.post(FEED, json={}).status_code == 401 and client.post(FEED, json={}, headers=good).status_code == 404
     monkeypatch.setenv("DEEPTUMORNET_FEEDBACK_TOKEN", TOKEN)
     app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite")
     word = {"id": client.post(PREDICT, data=slice_png).json["id"], "label": "normal", "who": "reader A"}
@@ -170,7 +170,7 @@ def test_a_locked_database_delays_rows_and_no_answer(champion, slice_png, addres
         told = client.post(PREDICT, data=slice_png).json["id"]
         assert time.perf_counter() - start < 2
         said = client.post(FEED, json={"id": told, "label": "normal", "who": "A"}, headers={"Authorization": f"Bearer {TOKEN}"})
-        assert said.status_code == 503 and re.search("cannot be written or read .*lock", said.json["detail"])
+        assert said.status_code == 503 and said.headers["Retry-After"] == "2" and re.search("cannot be written or read .*lock", said.json["detail"])
         assert time.perf_counter() - start < 20
     log.close()
     assert read_log(address, Engine(champion).card["version"], "normal")["id"].tolist() == [told]

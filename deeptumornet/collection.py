@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,24 @@ from .phantom import draw_patient, slice_hu
 from .study import Study, StudyError, atomic, progress, sha256, write_csv, write_json
 
 # %% auto #0
-__all__ = ['KAGGLE', 'LETTERS', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'phantoms', 'class_rows', 'csv_rows', 'local_rows', 'kaggle',
-           'patient_patterns', 'choose_series', 'tumour_slices', 'series_rows', 'tcia', 'idc_series', 'nih', 'store',
-           'catalogue', 'collect']
+__all__ = ['BOX', 'KAGGLE', 'LETTERS', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'write_boxes', 'phantoms', 'class_rows', 'csv_rows',
+           'local_rows', 'kaggle', 'patient_patterns', 'choose_series', 'tumour_slices', 'series_rows', 'tcia',
+           'idc_series', 'nih', 'store', 'catalogue', 'collect']
 
 # %% ../nbs/01_collection.ipynb #c007
+BOX = ("box_top", "box_left", "box_bottom", "box_right")
+"Columns of boxes.csv beside path: a box around a tumour, in pixels of the slice, bottom and right just outside"
+
+
+def write_boxes(boxes: Iterable[tuple[str, Iterable[float]]], folder: Path) -> None:
+    "Write boxes.csv to `folder`: a row for each (path under it, BOX) of `boxes`; no file where there are none"
+    rows = [(path, *box) for path, box in boxes]
+    if rows:
+        write_csv(folder / "boxes.csv", pd.DataFrame(rows, columns=["path", *BOX]))
+
+
 def _write_patient(number: int, folder: Path, classes: tuple[str, str], slices: int, seed: int) -> list[dict]:
-    "Write the slices of one phantom patient under `folder`, by class; the rows for labels.csv"
+    "Write the slices of one phantom patient under `folder`, by class; the rows for labels.csv, with the `box` of the mass where there is one"
     patient = draw_patient(number, number % 2 == 1, seed)
     label, scanner = classes[number % 2], patient.scanner
     rows = []
@@ -47,10 +58,10 @@ def _write_patient(number: int, folder: Path, classes: tuple[str, str], slices: 
         else:
             path = stem.with_suffix(".png")
             Image.fromarray(window(hu, *scanner.window)).save(path)
-        middle = [round(float(v.mean()) / scanner.size, 4) for v in np.nonzero(mask)] if mask.any() else ["", ""]
-        radius = round(float(np.sqrt(mask.sum() / np.pi)) / scanner.size, 4) if mask.any() else ""
+        places = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+        box = [int(v) for v in (places[0][0], places[1][0], places[0][-1] + 1, places[1][-1] + 1)] if mask.any() else None
         rows.append({"path": f"{label}/{path.name}", "label": label, "patient_id": patient.name, "series_id": patient.name,
-                     "slice_index": index, "planted": "", "mass_row": middle[0], "mass_column": middle[1], "mass_radius": radius})
+                     "slice_index": index, "planted": "", "box": box})
     return rows
 
 
@@ -75,7 +86,7 @@ def _plant(folder: Path, rows: list[dict]) -> list[dict]:
 
 
 def phantoms(folder: Path, classes: tuple[str, str], patients: int, slices: int, seed: int) -> None:
-    """Fill `folder` with `patients` × `slices` phantom slices, odd patients with a mass, planted files, and labels.csv.
+    """Fill `folder` with `patients` × `slices` phantom slices, odd patients with a mass, planted files, labels.csv and boxes.csv.
 
     `classes` are the names of the (normal, cancer) classes. Raises StudyError for fewer than two patients."""
     if patients < 2 or slices < 1:
@@ -85,7 +96,8 @@ def phantoms(folder: Path, classes: tuple[str, str], patients: int, slices: int,
     write = partial(_write_patient, folder=folder, classes=classes, slices=slices, seed=seed)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for part in progress(pool.map(write, range(patients), chunksize=4), "phantoms", patients) for row in part]
-    pd.DataFrame(rows + _plant(folder, rows)).to_csv(folder / "labels.csv", index=False)
+    write_boxes(((row["path"], row["box"]) for row in rows if row["box"]), folder)
+    pd.DataFrame(rows + _plant(folder, rows)).drop(columns="box").to_csv(folder / "labels.csv", index=False)
 
 # %% ../nbs/01_collection.ipynb #c009
 def _folders(folder: Path) -> list[Path]:
@@ -262,8 +274,8 @@ def _broken_zip(path: Path) -> str:
         return f"no zip, {type(error).__name__}"
 
 
-def tumour_slices(annotations: str | None, collection: str, root: Path, cache: Path, scratch: Path) -> set[str] | None:
-    """The SOP instance UIDs of slices with a tumour box; None where all slices are to be taken.
+def tumour_slices(annotations: str | None, collection: str, root: Path, cache: Path, scratch: Path) -> dict[str, list[list[float]]] | None:
+    """The tumour boxes (BOX) of each slice that has one, by its SOP instance UID; None where all slices are to be taken.
 
     `annotations` is a folder, a zip, an address or none; where it is not given, Lung-PET-CT-Dx's own are fetched to `cache`."""
     annotations = annotations or (BOXES if _is_lung_dx(collection) else "none")
@@ -280,24 +292,25 @@ def tumour_slices(annotations: str | None, collection: str, root: Path, cache: P
     if place.is_file():
         extract(place, scratch / "annotations")
         place = scratch / "annotations"
-    boxes = set()
+    boxes: dict[str, list[list[float]]] = {}
     for path in sorted(place.rglob("*.xml")):
         try:
-            if ElementTree.parse(path).find("object/bndbox") is not None:
-                boxes.add(path.stem)
+            if found := ElementTree.parse(path).findall("object/bndbox"):
+                boxes[path.stem] = [[float(box.find(edge).text) for edge in ("ymin", "xmin", "ymax", "xmax")] for box in found]
         except Exception as error:
-            raise StudyError(f"annotation {path} cannot be read as XML ({type(error).__name__}): fetch it again") from error
+            raise StudyError(f"annotation {path} cannot be read as XML with the edges of its boxes ({type(error).__name__}): fetch it again") from error
     if not boxes:
         raise StudyError(f"collect.annotations {annotations!r} holds no tumour box: name a folder or zip of PASCAL-VOC files, or none")
     return boxes
 
 
-def series_rows(series: dict, files: Iterable[Path], boxes: set[str] | None) -> Iterator[dict]:
+def series_rows(series: dict, files: Iterable[Path], boxes: Mapping[str, list] | None) -> Iterator[dict]:
     "A row for each DICOM file of a chosen `series` that `boxes` asks for, named by its pseudonyms and its number"
     folder = f"{series['label']}/{pseudonym(series['patient'])}/{pseudonym(series['series'])}"
     for number, file in enumerate(sorted(files)):
-        if boxes is None or describe(file, file.name).sop_uid in boxes:
-            yield {"file": file, "path": f"{folder}/{number:04d}.dcm", "label": series["label"], "licence": series["licence"]}
+        found = None if boxes is None else boxes.get(describe(file, file.name).sop_uid)
+        if boxes is None or found:
+            yield {"file": file, "path": f"{folder}/{number:04d}.dcm", "label": series["label"], "licence": series["licence"], "boxes": found or []}
 
 # %% ../nbs/01_collection.ipynb #c019
 TCIA = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
@@ -401,7 +414,8 @@ def store(rows: Iterable[dict], folder: Path) -> dict[str, dict]:
                     raise
                 reason = str(error)
                 target.write_bytes(b"")
-        known[path] = {"patient_id": patient, "series_id": header.series_id, "reason": reason, "licence": row.get("licence", "")}
+        known[path] = {"patient_id": patient, "series_id": header.series_id, "reason": reason, "licence": row.get("licence", ""),
+                       "boxes": row.get("boxes", [])}
     return known
 
 # %% ../nbs/01_collection.ipynb #c027
@@ -472,6 +486,8 @@ def collect(study: Study) -> pd.DataFrame:
             if not (folder / label).is_dir():
                 raise StudyError(f"class {label!r} has no slice with a tumour box: raise collect.series, or write none in "
                                  "collect.annotations")
+        if known is not None:
+            write_boxes(((path, box) for path, row in known.items() for box in row["boxes"]), folder)
         write_json(folder / "provenance.json", {
             "source": source, "collection": collection, "licences": sorted({row["licence"] for row in (known or {}).values()} - {""})})
     table = catalogue(study.raw, study.classes, source, known=known)

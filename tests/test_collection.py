@@ -382,6 +382,10 @@ def test_tcia_takes_ct_by_the_letter_and_hides_who_it_is(remote):
     assert len(collect(study_on("tcia", study.workspace, series=1, annotations="none"))) == 9
 
 
+BOX_FILE = ("<annotation><object><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>30</xmax><ymax>50</ymax></bndbox></object>"
+            "<object><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></annotation>")
+
+
 @pytest.mark.skipif(not (SHARED / "tcia_lung_pet_ct_dx").is_dir(), reason="../shared/data/tcia_lung_pet_ct_dx is not there")
 @pytest.mark.parametrize("remote", ["tcia"], indirect=True)
 @pytest.mark.parametrize("zipped", [False, True])
@@ -393,11 +397,17 @@ def test_tumour_boxes_choose_the_slices(remote, zipped, tmp_path):
     shutil.copytree(SHARED / "tcia_lung_pet_ct_dx/Annotation", boxes)
     for slice_ in list(server.slices["1.3"].values())[:2]:
         uid = pydicom.dcmread(io.BytesIO(slice_)).SOPInstanceUID
-        (boxes / f"{uid}.xml").write_text("<annotation><object><bndbox/></object></annotation>")
+        (boxes / f"{uid}.xml").write_text(BOX_FILE)
     (boxes / "1.2.3.xml").write_text("<annotation></annotation>")
     where = Path(shutil.make_archive(str(boxes), "zip", boxes)) if zipped else boxes
     table = collect(study_on("tcia", study.workspace, annotations=str(where)))
     assert table.groupby("label").size().to_dict() == {"adenocarcinoma": 8, "squamous.cell.carcinoma": 2}
+    kept = pd.read_csv(study.raw / "boxes.csv")
+    assert set("data/raw/" + kept["path"]) == set(table["path"]) and (kept["box_top"] < kept["box_bottom"]).all()
+    assert kept[kept["path"].str.startswith("squamous")].iloc[:, 1:].to_numpy().tolist() == [[20, 10, 50, 30], [2, 1, 4, 3]] * 2
+    (boxes / "1.2.3.xml").write_text("<annotation><object><bndbox/></object></annotation>")
+    with pytest.raises(StudyError, match=r"1\.2\.3\.xml cannot be read as XML with the edges of its boxes"):
+        collect(study_on("tcia", study.workspace, annotations=str(boxes)))
     with pytest.raises(StudyError, match=r"class 'squamous.cell.carcinoma' has no slice with a tumour box"):
         collect(study_on("tcia", study.workspace, annotations=str(SHARED / "tcia_lung_pet_ct_dx/Annotation")))
 

@@ -5,7 +5,7 @@
 # %% ../nbs/09_explanation.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from .features import forward
-from .lungs import find_lungs, see
+from .features import cut, forward
+from .lungs import see
+from .metrics import said
 from .preprocessing import read_slice
 from .study import Study
 
@@ -22,35 +23,59 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['METHODS', 'grad_cam', 'scrambled', 'occlusion', 'likeness', 'pointing_game']
+__all__ = ['LEAST', 'METHODS', 'maps_layer', 'grad_cam', 'scrambled', 'occluded', 'occlusion', 'likeness', 'mean_interval',
+           'seen_boxes', 'pointing_game', 'in_words']
 
 # %% ../nbs/09_explanation.ipynb #c007
-def _after_backbone(model: keras.Model) -> list:
-    "The layers from the feature maps to the probabilities, the pooling first"
-    names = [layer.name for layer in model.layers]
-    return model.layers[names.index("features"):]
+LEAST = 7
+"Cells a side that a heat map has at least: a coarser one tells left from right and little else"
+
+
+def maps_layer(model: keras.Model) -> str:
+    """The layer after which Grad-CAM looks at `model` (as `training.add_head` makes it): of those of its backbone whose maps have LEAST cells a side
+    or more, of the coarsest, past which the fewest tensors run, the deepest. "backbone" where that is the last."""
+    import keras
+
+    layers = model.get_layer("backbone").layers
+    read = {id(tensor): k for k, layer in enumerate(layers) for tensor in (layer.input if isinstance(layer.input, list) else [layer.input])}
+    read[id(layers[-1].output)] = len(layers)
+    ends = np.array([read[id(layer.output)] for layer in layers])
+    cells = [0 if isinstance(layer, keras.layers.ZeroPadding2D) else min(layer.output.shape[1:3]) for layer in layers]
+    coarsest = min(c for c in cells if c >= LEAST)
+    best = min((k for k, c in enumerate(cells) if c == coarsest), key=lambda k: ((ends[:k + 1] > k).sum(), -k))
+    return layers[best].name if best < len(layers) - 1 else "backbone"
+
+
+def _scaled(heat: np.ndarray) -> np.ndarray:
+    "Each of the maps `heat` (n × h × w, 0 or more) in 0..1; one that is the same everywhere points nowhere and is 0"
+    most = heat.max(axis=(1, 2), keepdims=True)
+    return np.where(np.ptp(heat, axis=(1, 2), keepdims=True) > 1e-6 * most, heat / np.maximum(most, 1e-30), 0)
 
 
 def grad_cam(model: keras.Model, slices: np.ndarray, positive: int) -> np.ndarray:
-    """Heat maps (float32, n × rows × columns, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class
-    number `positive`: the last feature maps weighted by the gradient of its log odds, negative parts cut off."""
+    """Heat maps (float32, n × rows × columns, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class number `positive`: the maps at
+    `maps_layer` weighted by the gradient of its log odds, negative parts cut off. 0 everywhere where that is constant."""
     import keras
     import tensorflow as tf
 
-    maps = keras.Model(model.input, model.get_layer("features").input)
-    value = maps(np.asarray(slices, "float32")[..., None], training=False)
+    at, last_maps = maps_layer(model), model.get_layer("features").input
+    lower, upper = cut(model, at) if at != "backbone" else (keras.Model(model.input, [last_maps]), keras.Model([last_maps], model.output))
+    first, *hidden, last = (layer for layer in upper.layers if not isinstance(layer, keras.layers.InputLayer))
+    values = lower(np.asarray(slices, "float32")[..., None], training=False)
+    values = values if isinstance(values, list) else [values]
     with tf.GradientTape() as tape:
-        tape.watch(value)
-        x = value
-        *hidden, last = _after_backbone(model)
+        tape.watch(values)
+        x = first(values) if isinstance(first, keras.Model) else first(values[0])
         for layer in hidden:
-            x = layer(x, training=False) if "dropout" in layer.name else layer(x)
+            x = layer(x)
         logits = tf.matmul(x, last.kernel) + last.bias
         others = tf.concat([logits[:, :positive], logits[:, positive + 1:]], axis=1)
         score = logits[:, positive] - tf.reduce_mean(others, axis=1)
-    weight = tf.reduce_mean(tape.gradient(score, value), axis=(1, 2), keepdims=True)
-    heat = tf.nn.relu(tf.reduce_sum(weight * value, axis=-1)).numpy()
-    return heat / np.maximum(heat.max(axis=(1, 2), keepdims=True), 1e-12)
+    heat, coarsest = 0, min(value.shape[1] for value in values if value.shape[1] >= LEAST)
+    for value, gradient in zip(values, tape.gradient(score, values), strict=True):
+        if value.shape[1] == coarsest:
+            heat += tf.reduce_sum(tf.reduce_mean(gradient, axis=(1, 2), keepdims=True) * value, axis=-1)
+    return _scaled(tf.nn.relu(heat).numpy())
 
 
 @contextmanager
@@ -66,10 +91,9 @@ def scrambled(model: keras.Model, seed: int) -> Iterator[None]:
         model.set_weights(learned)
 
 # %% ../nbs/09_explanation.ipynb #c009
-def occlusion(model: keras.Model, slices: np.ndarray, positive: int, cells: int = 7) -> np.ndarray:
-    """Heat maps (float32, n × cells × cells, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class number `positive`: how far its
-    log odds fall when a square around the cell is grey; rises are cut off."""
-    run = forward(model, len(slices) * (cells * cells + 1))
+def occluded(run: Callable[[np.ndarray], np.ndarray], slices: np.ndarray, positive: int, cells: int = LEAST) -> np.ndarray:
+    """Heat maps (float32, n × cells × cells, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class number `positive` of `run`
+    (n × size × size × 1 → probabilities): how far its log odds fall when a square around the cell is grey; rises are cut off."""
     size = slices.shape[1]
     middles, half, heats = (np.arange(cells) + 0.5) * size / cells, size / cells, []
     for picture in slices:
@@ -77,43 +101,81 @@ def occlusion(model: keras.Model, slices: np.ndarray, positive: int, cells: int 
         for k, (y, x) in enumerate((y, x) for y in middles for x in middles):
             top, left = max(0, round(y - half)), max(0, round(x - half))
             hidden[k, top:round(y + half), left:round(x + half)] = np.median(picture)
-        p = np.clip(np.concatenate([run(part[..., None]).numpy()[:, positive] for part in np.array_split(hidden, 2)]), 1e-7, 1 - 1e-7)
+        p = np.clip(np.concatenate([run(part[..., None])[:, positive] for part in np.array_split(hidden, 2)]), 1e-7, 1 - 1e-7)
         odds = np.log(p / (1 - p))
         heats.append(np.maximum(odds[-1] - odds[:-1], 0).reshape(cells, cells))
-    heat = np.stack(heats)
-    return heat / np.maximum(heat.max(axis=(1, 2), keepdims=True), 1e-12)
+    return _scaled(np.stack(heats))
+
+
+def occlusion(model: keras.Model, slices: np.ndarray, positive: int) -> np.ndarray:
+    "`occluded` for a Keras `model`"
+    run = forward(model, len(slices) * (LEAST * LEAST + 1))
+    return occluded(lambda batch: run(batch).numpy(), slices, positive)
 
 
 METHODS = {"Grad-CAM": grad_cam, "occlusion": occlusion}
 
 # %% ../nbs/09_explanation.ipynb #c017
-def likeness(heats: np.ndarray, others: np.ndarray) -> float:
-    "Mean Spearman correlation (-1..1) of two heat maps (n × h × w) of the same slice; constant maps count 0"
+def likeness(heats: np.ndarray, others: np.ndarray) -> np.ndarray:
+    "Spearman's correlation (-1..1, n) of two heat maps (n × h × w) of the same slice, NaN where one is constant"
     pairs = zip(heats, others, strict=True)
-    return float(np.mean([0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else spearmanr(a.ravel(), b.ravel()).statistic for a, b in pairs]))
+    return np.array([np.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else spearmanr(a.ravel(), b.ravel()).statistic for a, b in pairs])
+
+
+def mean_interval(values: np.ndarray, draws: int, seed: int) -> dict:
+    "n, mean (`value`) and 95 % bootstrap interval (`low`, `high`) of the `values` that are no NaN, one of each group; None where there are too few"
+    known = values[~np.isnan(values)]
+    if len(known) < 2:
+        return {"n": len(known), "value": float(known[0]) if len(known) else None, "low": None, "high": None}
+    means = known[np.random.default_rng(seed).integers(0, len(known), (draws, len(known)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"n": len(known), "value": float(known.mean()), "low": float(low), "high": float(high)}
 
 # %% ../nbs/09_explanation.ipynb #c020
-def pointing_game(study: Study, rows: pd.DataFrame, heat: np.ndarray) -> pd.DataFrame:
-    """For each of `rows` whose mass is known (raw labels.csv): `hit`, whether the peak of its heat map (n × h × w) falls on
-    the mass, and `chance`, the share of lung pixels that would be a hit. Empty where no mass is known."""
-    file = study.raw / "labels.csv"
-    if not file.is_file() or "mass_row" not in (labels := pd.read_csv(file)).columns:
-        return pd.DataFrame(columns=["image_id", "hit", "chance"])
-    known = labels.dropna(subset="mass_row").set_index("path")
-    found = []
-    for (_, row), map_ in zip(rows.iterrows(), heat, strict=True):
-        place = row["path"].removeprefix("data/raw/")
-        if place not in known.index:
-            continue
-        pixels = read_slice(study.workspace / row["path"], row["path"]).pixels
-        _, (top, left, side) = see(pixels, map_.shape[0], study["preprocess"]["normalise"])
-        mass, size = known.loc[place], pixels.shape[0]
-        reach = mass["mass_radius"] * size + side / map_.shape[0] / 2
-        y, x = np.unravel_index(map_.argmax(), map_.shape)
-        peak = ((y + 0.5) / map_.shape[0] * side + top, (x + 0.5) / map_.shape[1] * side + left)
-        centre = (mass["mass_row"] * size, mass["mass_column"] * size)
-        lungs = np.any(find_lungs(pixels).lungs, axis=0)
-        rows_, columns = (where * pixels.shape[k] / lungs.shape[k] for k, where in enumerate(np.nonzero(lungs)))
-        chance = float((np.hypot(rows_ - centre[0], columns - centre[1]) <= reach).mean())
-        found.append({"image_id": row["image_id"], "hit": bool(np.hypot(peak[0] - centre[0], peak[1] - centre[1]) <= reach), "chance": chance})
-    return pd.DataFrame(found, columns=["image_id", "hit", "chance"])
+def seen_boxes(study: Study, path: str) -> np.ndarray:
+    """The tumour boxes (float, n × top, left, bottom, right) of the slice `path` that data/raw/boxes.csv knows, as shares of the square that a
+    network sees of it. None known: 0 × 4."""
+    file = study.raw / "boxes.csv"
+    known = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["path", "box_top", "box_left", "box_bottom", "box_right"])
+    known = known[known["path"] == path.removeprefix("data/raw/")]
+    if known.empty:
+        return np.empty((0, 4))
+    _, (top, left, side) = see(read_slice(study.workspace / path, path).pixels, LEAST, study["preprocess"]["normalise"])
+    return (known[["box_top", "box_left", "box_bottom", "box_right"]].to_numpy() - [top, left, top, left]) / side
+
+
+def pointing_game(heats: np.ndarray, boxes: Sequence[np.ndarray]) -> pd.DataFrame:
+    """For each of the `heats` (n × h × w) whose `boxes` (k × top, left, bottom, right; shares of the square) are known, by its number: `hit`, whether
+    the centre of its hottest cell lies in one of them grown by half a cell, `chance`, the share of cells that would be a hit, and `constant`,
+    whether the map points nowhere, which is no hit."""
+    found = {}
+    for k, (heat, known) in enumerate(zip(heats, boxes, strict=True)):
+        if len(known):
+            inside = [[(low - 0.5 / n <= middle) & (middle <= high + 0.5 / n) for low, high in known[:, [axis, axis + 2]]]
+                      for axis, n in enumerate(heat.shape) for middle in [(np.arange(n) + 0.5) / n]]
+            hits = np.any([np.outer(y, x) for y, x in zip(*inside, strict=True)], axis=0)
+            constant = np.ptp(heat) == 0
+            found[k] = {"hit": bool(hits.flat[heat.argmax()] and not constant), "chance": float(hits.mean()), "constant": bool(constant)}
+    return pd.DataFrame.from_dict(found, orient="index", columns=["hit", "chance", "constant"])
+
+# %% ../nbs/09_explanation.ipynb #c026
+def in_words(row: Mapping, title: str) -> list[str]:
+    "What a `row` of explanation.csv says of the network `title`: whether the map is the network's own, and whether it points at the tumour"
+    what, change = f"{row['method']} of {title}", {k: row[f"scrambled_{k}"] for k in ("value", "low", "high")}
+    told = f"{said(change)}, {row['scrambled_n']} slices of as many groups" if row["scrambled_n"] > 1 else \
+        f"{row['scrambled_n']} of {row['n']} slices have a map in both, the others one that is the same everywhere"
+    if row["scrambled_n"] > 1 and change["high"] < 0.5:
+        lines = [f"{what} depends on what was learned: scrambled weights give another map (correlation {told})."]
+    elif row["scrambled_n"] > 1 and change["low"] > 0.5:
+        lines = [f"{what} shows the picture, not the network: scrambled weights give nearly the same map (correlation {told})."]
+    else:
+        lines = [f"Whether {what} depends on what was learned is not settled (correlation of its maps with those of scrambled weights: {told})."]
+    if row["constant"]:
+        lines.append(f"{what} is the same everywhere, and so undefined, for {row['constant']} of {row['n']} slices.")
+    if row["tumour_known"]:
+        rate = said({"value": row["hits"] / row["tumour_known"], "low": row["low"], "high": row["high"]}, ".0%")
+        verdict = ("more often than chance" if row["low"] > row["chance"] else "less often than chance" if row["high"] < row["chance"] else
+                   f"{'more' if row['hit_rate'] > row['chance'] else 'no more'} often than chance, and the interval holds chance")
+        lines.append(f"The hottest cell of {what} lies on the tumour in {row['hits']} of {row['tumour_known']} slices, one a group: {rate}, "
+                     f"{verdict} ({row['chance']:.0%}).")
+    return [line[0].upper() + line[1:] for line in lines]

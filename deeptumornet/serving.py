@@ -57,8 +57,8 @@ from .study import StudyError, project_root
 # %% auto #0
 __all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'MOST_IN_JOB', 'LARGEST_UNPACKED', 'LARGEST_SHOWN', 'PUBLIC',
            'MARKS', 'HEADERS', 'TENSORS', 'MOST_AT_ONCE', 'MANY', 'SMALL_BODY', 'MOST_LARGE', 'kind', 'read_upload',
-           'unpacked', 'overlay', 'data_url', 'answer', 'cautions', 'seen', 'open_engine', 'body', 'received',
-           'uploaded', 'wished', 'checked', 'told', 'document', 'problem', 'items', 'answered', 'work_off',
+           'unpacked', 'overlay', 'data_url', 'answer', 'heat_shown', 'cautions', 'seen', 'open_engine', 'body',
+           'received', 'uploaded', 'wished', 'checked', 'told', 'document', 'problem', 'items', 'answered', 'work_off',
            'series_answer', 'tensor', 'Gate', 'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
@@ -189,11 +189,20 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
     if log:
         content["id"] = log.record(card["version"], found.image_id, p, prepared, features[0])
     if heat_map:
-        coloured = overlay(heat[0], found.height, found.width, place)
+        coloured = overlay(heat_shown(engine, prepared, heat[0]), found.height, found.width, place)
         grey = Image.fromarray(found.pixels)
         shown = grey if grey.size == coloured.size else grey.resize(coloured.size, Image.Resampling.BOX)
         content |= {"picture": data_url(shown), "heat_map": data_url(coloured)}
     return content
+
+
+def heat_shown(engine: Engine, prepared: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    "The heat map of the slice `prepared`: the engine's own Grad-CAM, or where that is too coarse to point at anything, occlusion with it"
+    from deeptumornet.explanation import LEAST, occluded
+
+    if min(heat.shape) >= LEAST:
+        return heat
+    return occluded(lambda batch: engine.predict(batch[..., 0])[0], prepared[None], engine.card["classes"].index(engine.card["positive"]))[0]
 
 
 def cautions(card: dict, found: Slice, prepared: np.ndarray) -> list[str]:

@@ -445,6 +445,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'deeptumornet.report': { 'deeptumornet.report.checklist': ('report.html#checklist', 'deeptumornet/report.py'),
                                      'deeptumornet.report.figure': ('report.html#figure', 'deeptumornet/report.py'),
                                      'deeptumornet.report.model_card': ('report.html#model_card', 'deeptumornet/report.py'),
+                                     'deeptumornet.report.provenance': ('report.html#provenance', 'deeptumornet/report.py'),
                                      'deeptumornet.report.render': ('report.html#render', 'deeptumornet/report.py'),
                                      'deeptumornet.report.report': ('report.html#report', 'deeptumornet/report.py'),
                                      'deeptumornet.report.result_rows': ('report.html#result_rows', 'deeptumornet/report.py'),

@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pandas as pd
 from IPython.display import HTML, Image, Markdown
+from PIL import Image as Picture
 
 from .comparison import BASELINES, WHERE
 from .metrics import said
 from .study import Study, StudyError, atomic, code_revision, open_study, read_json, run_notebook
 
 # %% auto #0
-__all__ = ['NOT', 'CLAIM', 'TRIPOD', 'STYLE', 'figure', 'sentences', 'table', 'result_rows', 'model_card', 'checklist', 'render',
-           'report']
+__all__ = ['NOT', 'CLAIM', 'TRIPOD', 'STYLE', 'figure', 'sentences', 'table', 'result_rows', 'model_card', 'provenance',
+           'checklist', 'render', 'report']
 
 # %% ../nbs/14_report.ipynb #c007
 def figure(study: Study, name: str, alt: str) -> Image | Markdown:
-    "The figure figures/<name>.png with its alternative text; a sentence where this profile did not draw it"
+    "The figure figures/<name>.png, its alternative text `alt` and the finding that it is titled by; a sentence where this profile did not draw it"
     file = study.reports / "figures" / f"{name}.png"
-    return Image(filename=file, alt=alt) if file.is_file() else Markdown(f"*Not drawn in this run: {alt}.*")
+    if not file.is_file():
+        return Markdown(f"*Not drawn in this run: {alt}.*")
+    with Picture.open(file) as picture:
+        found = picture.info.get("Title")
+    return Image(filename=file, alt=f"{alt}. {found}" if found else alt)
 
 
 def sentences(lines: Sequence[str]) -> Markdown:
@@ -74,6 +79,17 @@ def model_card(study: Study, result: Mapping, champion: Mapping, audit: Mapping,
                       "**Ethics.** Fairness across age, sex and origin cannot be examined where the data do not state them. A wrong answer that sounds sure can harm: "
                       "the service shows the interval of its sensitivity and specificity beside each answer.", ""])
 
+# %% ../nbs/14_report.ipynb #c073
+def provenance(study: Study, result: Mapping) -> str:
+    "Data and weights behind the reports, with their SHA-256, as Markdown; `result` is comparison/metrics.json"
+    lines = [f"# What the reports of profile {study.profile} were made from", "",
+             f"- Data: {study['collect']['source']}; manifest SHA-256 `{result['data_sha256']}`",
+             "- Parameters: `comparison/parameters.json`", "", "| candidate | weights it started from | their SHA-256 |", "|---|---|---|"]
+    for name in result["weights"]:
+        card = read_json(study.candidate(name) / "card.json")
+        lines.append(f"| {result['titles'].get(name, name)} | {card['weights']} | {card.get('weights_sha256') or 'no file'} |")
+    return "\n".join([*lines, ""])
+
 # %% ../nbs/14_report.ipynb #c052
 NOT = "not done"
 
@@ -85,7 +101,7 @@ CLAIM = (
     ("5 Prospective or retrospective", "audit/datasheet.md", "retrospective, public or drawn data"),
     ("6 Study goal", "README.md", ""),
     ("7 Data sources", "audit/datasheet.md", ""),
-    ("8 Inclusion and exclusion", "audit/quality.csv", "each check with its limit; each slice with its reason in data/manifest.csv"),
+    ("8 Inclusion and exclusion", "audit/quality.csv", "each check with its limit; a run writes each slice and its reason to data/manifest.csv"),
     ("9 Preprocessing", "nbs/02_preprocessing.ipynb", "one code path"),
     ("10 Selection of subsets", "audit/datasheet.md", ""),
     ("11 De-identification", "nbs/01b_dicom.ipynb", "identifiers are kept as salted hashes only"),
@@ -99,7 +115,7 @@ CLAIM = (
     ("19 Assignment to partitions", "nbs/02c_groups.ipynb", ""),
     ("20 Level at which partitions are disjoint", "audit/audit.json", "patient, or group of near copies"),
     ("21 Intended sample size", NOT, "all slices of the source are used; intervals say what they allow"),
-    ("22 Model", "cost/cost.csv", "and nbs/03_training.ipynb"),
+    ("22 Model", "nbs/03_training.ipynb", "layers from slice to probability; parameters and operations in cost/cost.csv"),
     ("23 Software", "requirements.lock", "every version with its hash"),
     ("24 Initialisation of parameters", "comparison/metrics.json", "weights of each network, in every table"),
     ("25 Training", "comparison/parameters.json", "and figures/curves.png"),
@@ -116,9 +132,9 @@ CLAIM = (
     ("36 Demographic and clinical characteristics", NOT, "the public sources do not state them"),
     ("37 Performance and its uncertainty", "comparison/metrics.json", ""),
     ("38 Diagnostic performance and its precision", "tables/networks.csv", ""),
-    ("39 Failure analysis", "figures/worst_errors.png", "stays on the machine where slices may not be shown"),
+    ("39 Failure analysis", "nbs/08e_controls.ipynb", "makes figures/worst_errors.png, which stays on the machine where slices may not be shown"),
     ("40 Limitations", "model_card.md", ""),
-    ("41 Implications for practice", "model_card.md", "none"),
+    ("41 Implications for practice", NOT, "no use in practice is proposed"),
     ("42 Full protocol", "dvc.yaml", "and nbs/"),
     ("43 Availability of software, model, data", "README.md", ""),
     ("44 Funding", NOT, "none to declare in the repository"),
@@ -138,7 +154,7 @@ TRIPOD = (
     ("16 Training against evaluation data", "audit/audit.json", ""), ("17 Ethical approval", NOT, "public or drawn data"),
     ("18 Open science: protocol, data, code", "README.md", "no registration"), ("19 Patient and public involvement", NOT, "none"),
     ("20 Participants: flow and characteristics", "figures/audit_flow.png", "characteristics: not done"),
-    ("21 Model development: numbers in each analysis", "comparison/metrics.json", ""), ("22 Model specification", "export", "the model itself, with its card"),
+    ("21 Model development: numbers in each analysis", "comparison/metrics.json", ""), ("22 Model specification", "nbs/10_export.ipynb", "makes models/champion, the model itself, with its card"),
     ("23 Performance, heterogeneity", "tables/networks.csv", "and controls/subgroups.csv"), ("24 Updating", "monitoring", "drift and the decision to retrain"),
     ("25 Interpretation", "comparison/verdict.json", ""), ("26 Limitations", "model_card.md", ""),
     ("27 Usability in care", NOT, "no use in care is intended"),
@@ -164,7 +180,7 @@ h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px so
 details { margin: .4rem 0; font-size: .85rem; } summary { cursor: pointer; color: var(--link); }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem; } figure.table { margin: 1rem 0; overflow-x: auto; }
 figcaption { font-weight: 600; margin-bottom: .3rem; text-align: left; }
-table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; } figure.table table { display: table; }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; overflow-wrap: normal; } figure.table table { display: table; }
 body { overflow-wrap: anywhere; }
 td { white-space: nowrap; } figure.table.prose td { white-space: normal; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }

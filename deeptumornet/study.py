@@ -315,12 +315,14 @@ def with_weights(table: pd.DataFrame, study: Study) -> pd.DataFrame:
 
 # %% ../nbs/00_study.ipynb #c020
 def save_figure(fig: Any, study: Study, name: str) -> Path:
-    "Write `fig` as reports/<profile>/figures/<name>.png (150 dpi) and .pdf, without dates or versions; the PNG's path"
+    """Write `fig` as reports/<profile>/figures/<name>.png (150 dpi) and .pdf, without dates or versions, but with what is written over it as the
+    files' title; the PNG's path"""
     png = study.report("figures", f"{name}.png")
+    title = {"Title": " ".join(" ".join(dict.fromkeys([fig.get_suptitle(), *(panel.get_title() for panel in fig.axes)])).split())}
     undated = {"CreationDate": None, "Producer": None, "Creator": None}
     for path, metadata in ((png, {"Software": None}), (png.with_suffix(".pdf"), undated)):
         with atomic(path) as temporary:
-            fig.savefig(temporary, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
+            fig.savefig(temporary, dpi=150, metadata=metadata | title, bbox_inches="tight", pad_inches=0.1)
     return png
 
 # %% ../nbs/00_study.ipynb #c022

@@ -1,6 +1,8 @@
 """The report page and what stands on it: self-contained, readable by everybody, and no kinder than the files it is read from."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -8,14 +10,18 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from selenium import webdriver
 from test_page import CHROMIUM, DRIVER, FLAGS
 
 from deeptumornet.controls import by_lot, permuted, subgroups
 from deeptumornet.paper import cliques
-from deeptumornet.report import CLAIM, NOT, TRIPOD, checklist, render, table
-from deeptumornet.study import Study, StudyError
+from deeptumornet.report import CLAIM, NOT, TRIPOD, checklist, figure, provenance, render, table
+from deeptumornet.study import Study, StudyError, open_study, run_notebook, save_figure, write_json
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "reports/demo/index.html"
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
@@ -42,7 +48,9 @@ def test_the_page_needs_no_other_host_and_folds_its_code(page):
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: install Debian's chromium and chromium-driver to run this")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_fits_its_window(page, width, tmp_path):
+@pytest.mark.parametrize("which", ["a page of wide tables", "the demo's report"])
+def test_the_page_fits_its_window(page, width, which, tmp_path):
+    shown = page if which == "a page of wide tables" else REPORT
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
@@ -51,11 +59,47 @@ def test_the_page_fits_its_window(page, width, tmp_path):
     try:
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                                 {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
-        browser.get(page.as_uri())
+        browser.get(shown.as_uri())
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "only tables scroll sideways"
         assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+        pictures = browser.execute_script("return [...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt, i.width])")
+        assert pictures and all(whole and alt and wide <= width for whole, alt, wide in pictures), "each picture is there, fits and is told"
     finally:
         browser.quit()
+
+
+@pytest.mark.parametrize("profile", ["demo", "paper"])
+def test_each_artefact_of_a_checklist_is_in_the_repository(profile):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    study = open_study(profile, ROOT)
+    for items in (CLAIM, TRIPOD):
+        for row in checklist(items, study).to_dict("records"):
+            assert row["answer"] == NOT or any(name == row["answer"] or name.startswith(f"{row['answer']}/") for name in tracked), row
+
+
+def test_the_readme_is_what_the_reports_say(tmp_path):
+    run_notebook("index", "demo", tmp_path)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `dvc repro readme`, and commit README.md"
+
+
+def test_a_figure_is_told_by_what_it_found(tmp_path):
+    study = Study("smoke", tmp_path, tmp_path, {})
+    drawn = Figure()
+    drawn.subplots(1, 2)[1].set_title("p ≤ 0.05")
+    drawn.suptitle("No network\nis better")
+    save_figure(drawn, study, "two")
+    assert figure(study, "two", "AUCs").alt == "AUCs. No network is better p ≤ 0.05"
+    assert figure(study, "three", "AUCs").data == "*Not drawn in this run: AUCs.*"
+
+
+def test_the_provenance_names_each_weights_file_by_its_sum(tmp_path):
+    study = Study("smoke", tmp_path, tmp_path, {"smoke": {"collect": {"source": "a/folder"}}})
+    write_json(study.report("networks", "resnet50", "card.json"), {"weights": "a.h5 (0123)", "weights_sha256": "0123" * 16})
+    write_json(study.report("finetuned", "vgg16", "card.json"), {"weights": "none", "weights_sha256": None})
+    result = {"data_sha256": "ab" * 32, "weights": {"resnet50": "", "finetuned/vgg16": ""}, "titles": {"resnet50": "ResNet50"}}
+    text = provenance(study, result)
+    assert f"| ResNet50 | a.h5 (0123) | {'0123' * 16} |" in text and "| finetuned/vgg16 | none | no file |" in text
+    assert "a/folder" in text and "ab" * 32 in text
 
 
 def test_a_notebook_that_was_not_run_is_no_report(tmp_path):

@@ -77,6 +77,14 @@ def test_each_artefact_of_a_checklist_is_in_the_repository(profile):
             assert row["answer"] == NOT or any(name == row["answer"] or name.startswith(f"{row['answer']}/") for name in tracked), row
 
 
+def test_only_figures_that_show_slices_stay_out_of_the_repository():
+    pictures = {f"reports/paper/figures/{name}.{kind}" for name in ("examples", "heat_maps", "worst_errors") for kind in ("png", "pdf")}
+    files = [*(ROOT / "reports/demo/figures").glob("*.png"), *(ROOT / "reports/demo/figures").glob("*.pdf")]
+    drawn = {f"reports/paper/figures/{file.name}" for file in files}
+    told = subprocess.run(["git", "check-ignore", "--no-index", *drawn], cwd=ROOT, capture_output=True, text=True)
+    assert pictures <= drawn and set(told.stdout.split()) == pictures
+
+
 def test_the_readme_is_what_the_reports_say(tmp_path):
     run_notebook("index", "demo", tmp_path)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `dvc repro readme`, and commit README.md"

@@ -31,8 +31,8 @@ from .study import Study, StudyError, progress, read_json, sha256
 __all__ = ['COLUMNS', 'PROTOCOLS', 'BASELINES', 'WHERE', 'COLOURS', 'PUBLISHED', 'p_columns', 'read_predictions', 'is_tuned',
            'candidates', 'read_card', 'title_of', 'thumbnails', 'baselines', 'splits_of', 'baseline_predictions',
            'predict_model', 'holdout_predictions', 'choose_thresholds', 'choose_champion', 'evaluate', 'at_half',
-           'best_baseline', 'winners', 'verdict', 'wide_table', 'flat_summary', 'roc_points', 'called', 'colours_of',
-           'headline', 'finding', 'number_figure', 'roc_figure', 'confusion_figure']
+           'best_baseline', 'winners', 'verdict', 'wide_table', 'flat_summary', 'roc_points', 'called',
+           'confusion_table', 'colours_of', 'headline', 'finding', 'number_figure', 'roc_figure', 'confusion_figure']
 
 # %% ../nbs/08_comparison.ipynb #c007
 COLUMNS = ("image_id", "group", "network", "protocol", "repeat", "fold", "label")
@@ -256,7 +256,7 @@ def holdout_predictions(folders: Mapping[str, Path], manifest: pd.DataFrame, sli
 # %% ../nbs/08_comparison.ipynb #c024
 def choose_thresholds(validation: pd.DataFrame, classes: Sequence[str], positive: str,
                       sensitivity: float) -> dict[str, dict]:
-    """For each network or baseline in `validation`: {"temperature", "threshold", "n"}.
+    """For each network or baseline in `validation`: {"temperature", "threshold", "n"}, and "why" where the temperature means little.
 
     The threshold is for calibrated probabilities. Raises StudyError for rows of another protocol than validation, or
     where no validation slice is of the positive class."""
@@ -269,6 +269,9 @@ def choose_thresholds(validation: pd.DataFrame, classes: Sequence[str], positive
         calibrated = metrics.calibrate(p, temperature)[:, list(classes).index(positive)]
         threshold = metrics.operating_point(table["label"] == positive, calibrated, sensitivity)
         chosen[name] = {"temperature": temperature, "threshold": threshold, "n": len(table)}
+        low, high = metrics.TEMPERATURES
+        if not 1.01 * low < temperature < 0.99 * high:
+            chosen[name]["why"] = f"its temperature ended at the bound of {low:g} to {high:g}: no temperature makes its probabilities true"
     return chosen
 
 
@@ -292,7 +295,7 @@ def _scores(table: pd.DataFrame, protocol: str, classes: Sequence[str], positive
     if protocol == "published":
         parts = [metrics.metric_values(y[at], p[at], 0.5) for at in table.groupby("repeat").indices.values()]
         return {**{m: metrics.repeated([part[m][0] for part in parts]) for m in metrics.METRICS},
-                "n": round(len(table) / len(parts)), "n_groups": len(set(table["group"]) - {""}),
+                "n": round(len(table) / len(parts)), "n_groups": round(table[table["group"] != ""].groupby("repeat")["group"].nunique().sum() / len(parts)),
                 "n_positive": round(y.sum() / len(parts)), "repeats": len(parts), "positive_class": positive,
                 "threshold": 0.5}
     if protocol == "grouped":
@@ -414,15 +417,24 @@ def _slice_key(table: pd.DataFrame) -> str:
 
 def called(predictions: pd.DataFrame, name: str, classes: Sequence[str], positive: str,
            chosen: Mapping[str, Mapping]) -> pd.DataFrame:
-    "actual and predicted class of each hold-out slice at the operating point of one network (`chosen[name]`)"
+    """actual and predicted class of each hold-out slice of one network: of two classes at its operating point (`chosen[name]`), of
+    more the class with the highest probability"""
     table = predictions[(predictions["protocol"] == "holdout") & (predictions["network"] == name)]
     p = metrics.calibrate(table[p_columns(classes)].to_numpy(), chosen[name]["temperature"])
-    others = [c for c in classes if c != positive]
-    other = others[0] if len(others) == 1 else f"not {positive}"
-    return pd.DataFrame({
-        "actual": np.where(table["label"] == positive, positive, other),
-        "predicted": np.where(p[:, list(classes).index(positive)] >= chosen[name]["threshold"], positive, other),
-    })
+    at = list(classes).index(positive)
+    best = p.argmax(axis=1) if len(classes) > 2 else np.where(p[:, at] >= chosen[name]["threshold"], at, 1 - at)
+    return pd.DataFrame({"actual": table["label"].to_numpy(), "predicted": np.array(classes)[best]})
+
+
+def confusion_table(predictions: pd.DataFrame, names: Sequence[str], classes: Sequence[str], positive: str,
+                    chosen: Mapping[str, Mapping]) -> pd.DataFrame:
+    "name, threshold (NaN for more than two classes), actual, and how many slices of it were called each of `classes`"
+    parts = []
+    for name in names:
+        table = called(predictions, name, classes, positive, chosen)
+        counts = pd.crosstab(table["actual"], table["predicted"]).reindex(index=classes, columns=classes, fill_value=0)
+        parts.append(counts.reset_index().assign(name=name, threshold=chosen[name]["threshold"] if len(classes) == 2 else np.nan))
+    return pd.concat(parts, ignore_index=True)[["name", "threshold", "actual", *classes]]
 
 # %% ../nbs/08_comparison.ipynb #c040
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -431,11 +443,11 @@ PUBLISHED = 0.9706
 
 
 def colours_of(names: Sequence[str], titles: Mapping[str, str]) -> dict[str, str]:
-    "A colour for each network or baseline; a tuned network has the colour of the one it was tuned from"
-    base = {n: titles[n].removesuffix(" (tuned)").removesuffix(" (fine-tuned)") for n in names if n not in BASELINES}
+    "A colour for each network or baseline, by its place in `titles` and so the same in every figure; a tuned network has that of its own"
+    base = {n: titles[n].removesuffix(" (tuned)").removesuffix(" (fine-tuned)") for n in titles if n not in BASELINES}
     own = {title: COLOURS[i % len(COLOURS)] for i, title in enumerate(dict.fromkeys(base.values()))}
-    greys = dict(zip(BASELINES, ("#B0B0B0", "#808080", "#404040"), strict=True))
-    return {n: greys[n] if n in BASELINES else own[base[n]] for n in names}
+    greys = dict(zip(BASELINES, ("#B0B0B0", "#808080", "#404040"), strict=True)) | {"chance": "#B0B0B0"}
+    return {n: greys[n] if n in greys else own[base[n]] for n in names}
 
 
 def headline(protocols: Mapping[str, Any]) -> str:
@@ -506,7 +518,7 @@ def _caption(protocol: str, scores: Mapping[str, Mapping]) -> str:
     s = next(iter(scores.values()))
     unit = {"holdout": "Hold-out", "grouped": "Grouped folds", "published": "Published protocol"}[protocol]
     repeats = f", {s['repeats']} repeats" if "repeats" in s else ""
-    kind = "lines: 95 % of repeats" if protocol == "published" else "lines: 95 % bootstrap over groups"
+    kind = "lines: 95 % of repeats" if protocol == "published" else "lines: 95 %, accuracy by Wilson, the others by bootstrap over groups"
     return f"{unit}: {s['n']} slices, {s['n_groups']} groups{repeats}; {kind}"
 
 
@@ -567,38 +579,46 @@ def roc_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
 # %% ../nbs/08_comparison.ipynb #c047
 def confusion_figure(result: Mapping, predictions: pd.DataFrame, chosen: Mapping, champion: str,
                      sensitivity: float) -> Figure:
-    "What each network answers on the hold-out at its operating point, in slices and in shares of the true class"
-    scores, positive = result["protocols"]["holdout"], result["positive"]
-    names = list(_of_networks(scores))
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    fig = Figure(figsize=(3.3 * columns + 0.8, 3.7 * lines + 1.0), layout="compressed")
+    """What each network answers on the hold-out, in slices and in shares of the true class: of two classes at its operating point, of
+    more the class with the highest probability"""
+    scores, classes, titles = result["protocols"]["holdout"], result["classes"], result["titles"]
+    names, k = list(_of_networks(scores)), len(result["classes"])
+    counted = confusion_table(predictions, names, classes, result["positive"], chosen)
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    lines, side = -(-len(names) // columns), max(3.3, 0.95 * k)
+    fig = Figure(figsize=(side * columns + 0.8, (side + 0.4) * lines + 1.0), layout="compressed")
     fig.get_layout_engine().set(h_pad=0.12)
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax, name in zip(axes, names, strict=False):
-        table = called(predictions, name, result["classes"], positive, chosen)
-        order = [*(c for c in table.stack().unique() if c != positive), positive]
-        order = order if len(order) > 1 else [f"not {positive}", positive]
-        counts = pd.crosstab(table["actual"], table["predicted"]).reindex(index=order, columns=order, fill_value=0)
+        counts = counted[counted["name"] == name].set_index("actual").loc[classes, classes]
         shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0).to_numpy()
         ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.25)
-        for i in range(2):
-            for j in range(2):
+        for i in range(k):
+            for j in range(k):
                 ax.text(j, i, f"{counts.iat[i, j]}\n{shares[i, j]:.0%}", ha="center", va="center",
                         color="white" if shares[i, j] > 0.7 else "black")
-        ax.set_xticks(range(2), order)
-        ax.set_yticks(range(2), order, rotation=90, va="center")
-        ax.set_title(f"{result['titles'][name]}, threshold {chosen[name]['threshold']:.2f}", fontsize=9)
+        ax.set_xticks(range(k), classes, rotation=0 if k == 2 else 30, ha="center" if k == 2 else "right")
+        ax.set_yticks(range(k), classes, rotation=90 if k == 2 else 0, va="center")
+        how = f"threshold {chosen[name]['threshold']:.2f}" if k == 2 else "highest probability"
+        ax.set_title(f"{titles[name]}, {how}", fontsize=9)
         ax.set(xlabel="Predicted", ylabel="Actual")
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
     for ax in axes[len(names):]:
-        ax.set_visible(False)
-    table = called(predictions, champion, result["classes"], positive, chosen)
-    is_positive, says = table["actual"] == positive, table["predicted"] == positive
-    fig.suptitle(_wrapped(
-        f"{result['titles'][champion]} (champion) misses {(is_positive & ~says).sum()} of {is_positive.sum()} "
-        f"{positive} slices and raises {(~is_positive & says).sum()} false alarms in {(~is_positive).sum()}; "
-        f"its threshold was chosen to find {sensitivity:.0%} on validation slices", 34 * columns),
-        fontsize=10, fontweight="bold", x=0.01, ha="left")
+        ax.remove()
+    fig.suptitle(_wrapped(_confusion_finding(result, counted, champion, sensitivity), int(34 * columns * side / 3.3)),
+                 fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
+
+
+def _confusion_finding(result: Mapping, counted: pd.DataFrame, champion: str, sensitivity: float) -> str:
+    classes, positive, s = result["classes"], result["positive"], result["protocols"]["holdout"][champion]
+    counts, who = counted[counted["name"] == champion].set_index("actual")[classes], f"{result['titles'][champion]} (champion)"
+    n = f"{s['n']} slices, {s['n_groups']} groups"
+    if len(classes) > 2:
+        right = sum(counts.at[c, c] for c in classes)
+        return f"{who} names the class of {right} of {counts.to_numpy().sum()} slices rightly (hold-out, {n})"
+    other = next(c for c in classes if c != positive)
+    return (f"{who} misses {counts.at[positive, other]} of {counts.loc[positive].sum()} {positive} slices and raises "
+            f"{counts.at[other, positive]} false alarms in {counts.loc[other].sum()} (hold-out, {n}); its threshold was chosen to find "
+            f"{sensitivity:.0%} on validation slices")

@@ -5,23 +5,29 @@
 # %% ../nbs/08c_evidence.ipynb #c002
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import norm, rankdata
 from scipy.stats import t as student
+from statsmodels.discrete.discrete_model import Logit
+from statsmodels.stats import contingency_tables
+from statsmodels.stats.multitest import multipletests
+from statsmodels.tools.sm_exceptions import PerfectSeparationError
 
 from . import metrics
 from .comparison import colours_of, p_columns
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['PREVALENCES', 'PAPER', 'PAPER_LOSS', 'delong', 'mcnemar', 'holm', 'corrected_t', 'differences', 'said', 'reliability',
-           'calibration', 'predictive_values', 'predictive_table', 'beside_paper', 'reliability_figure', 'calibrated',
-           'per_class']
+__all__ = ['PREVALENCES', 'PAPER', 'PAPER_LOSS', 'delong', 'mcnemar', 'corrected_t', 'differences', 'said', 'reliability',
+           'calibration', 'predictive_values', 'predictive_table', 'beside_paper', 'reliability_figure',
+           'calibration_finding', 'calibrated', 'per_class']
 
 # %% ../nbs/08c_evidence.ipynb #c006
 def _placements(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,10 +38,11 @@ def _placements(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def delong(labels01: Sequence[int], a: Sequence[float], b: Sequence[float], groups: Sequence) -> dict[str, float]:
-    """AUC of `a` less AUC of `b` (each (n,), scores of the same slices): difference, low, high (95 %), p, in -1..1.
+    """AUC of `a` less AUC of `b` (each (n,), scores of the same slices): difference, low, high (95 %), in -1..1, and p.
 
     DeLong, DeLong, Clarke-Pearson, Biometrics 44 (1988) 837, with the sums over groups of Obuchowski, Biometrics 53
-    (1997) 567. p is 1 where all scores rank alike. Raises StudyError for one class or one group of a class."""
+    (1997) 567. p is 1 where the areas are equal, NaN with a `why` where they differ in every group alike. Raises StudyError for
+    one class or one group of a class."""
     y, a = metrics._checked(labels01, a)
     b = metrics._checked(labels01, b)[1]
     member = pd.factorize(np.asarray(list(groups)))[0]
@@ -51,32 +58,30 @@ def delong(labels01: Sequence[int], a: Sequence[float], b: Sequence[float], grou
     scale_pos, scale_neg, both = (k / (k - 1) for k in (*has, total))
     variance = scale_pos * (of_pos**2).sum() + scale_neg * (of_neg**2).sum() + 2 * both * (of_pos * of_neg).sum()
     error = float(np.sqrt(max(variance, 0)))
-    p = 1.0 if difference == 0 else float(2 * norm.sf(abs(difference) / error)) if error else 0.0
     half = norm.ppf(0.975) * error
-    return {"difference": difference, "low": max(-1.0, difference - half), "high": min(1.0, difference + half), "p": p}
+    return _tested(difference, error, half, 2 * norm.sf(abs(difference) / error) if error > 1e-12 else np.nan)
+
+
+def _tested(difference: float, error: float, half: float, p: float) -> dict:
+    "A difference with its ends and p; without spread there is a p only where there is no difference"
+    if error > 1e-12 or abs(difference) < 1e-12:
+        return {"difference": difference, "low": float(max(-1, difference - half)), "high": float(min(1, difference + half)),
+                "p": 1.0 if abs(difference) < 1e-12 else float(p)}
+    return {"difference": difference, "low": np.nan, "high": np.nan, "p": np.nan,
+            "why": "the difference is the same wherever it is measured, so its error cannot be estimated"}
 
 # %% ../nbs/08c_evidence.ipynb #c011
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> dict[str, float]:
-    """Slices that only `a` or only `b` (bool (n,)) answers rightly, and the exact two-sided p of that split.
+    """Slices that only `a` or only `b` (bool (n,)) answers rightly, and the exact two-sided p of that split, by statsmodels.
 
     McNemar, Psychometrika 12 (1947) 153. Slices count as independent, so p is too small where groups hold several."""
     a, b = np.asarray(right_a, bool), np.asarray(right_b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return {"only_a": only_a, "only_b": only_b, "p": p}
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    "p-values (k,) corrected for k comparisons, float64 0..1: Holm, Scandinavian Journal of Statistics 6 (1979) 65"
-    p = np.asarray(p, np.float64)
-    order = np.argsort(p)
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return corrected
+    return {"only_a": only_a, "only_b": only_b, "p": float(contingency_tables.mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue)}
 
 
 def corrected_t(differences: Sequence[float], test_share: float) -> dict[str, float]:
-    """Mean of differences (k,) over repeated splits, low, high (95 %) and p; `test_share` is n_test / n_train.
+    """Mean of differences (k,) over repeated splits, low, high (95 %) and p; `test_share` is n_test / n_train. NaN as in `delong`.
 
     Splits share slices, so the variance is taken (1/k + test_share) times: Nadeau and Bengio, Machine Learning 52
     (2003) 239. Raises StudyError for fewer than two splits or a difference that is NaN."""
@@ -85,8 +90,7 @@ def corrected_t(differences: Sequence[float], test_share: float) -> dict[str, fl
         raise StudyError(f"{np.isfinite(d).sum()} of {len(d)} splits give a difference: at least two, and all, are needed")
     error = float(np.sqrt((1 / len(d) + test_share) * d.var(ddof=1)))
     mean, half = float(d.mean()), student.ppf(0.975, len(d) - 1) * error
-    p = float(2 * student.sf(abs(mean) / error, len(d) - 1)) if error else float(mean == 0)
-    return {"difference": mean, "low": mean - half, "high": mean + half, "p": p}
+    return _tested(mean, error, half, 2 * student.sf(abs(mean) / error, len(d) - 1) if error > 1e-12 else np.nan)
 
 # %% ../nbs/08c_evidence.ipynb #c014
 def differences(predictions: pd.DataFrame, names: Sequence[str], positive: str, thresholds: Mapping[str, float]) -> pd.DataFrame:
@@ -114,7 +118,7 @@ def differences(predictions: pd.DataFrame, names: Sequence[str], positive: str, 
             rows.append(pair | {"protocol": "grouped", "test": "corrected t", "n": len(d)} | _or_why(corrected_t, d, 1 / max(folds - 1, 1)))
     table = pd.DataFrame(rows, columns=["a", "b", "protocol", "test", "n", "difference", "low", "high", "p", "p_holm", "why"])
     for _, at in table[table["p"].notna()].groupby("test").groups.items():
-        table.loc[at, "p_holm"] = holm(table.loc[at, "p"])
+        table.loc[at, "p_holm"] = multipletests(table.loc[at, "p"], method="holm")[1]
     return table.astype({"p_holm": float}).sort_values(["test", "a", "b"], ignore_index=True)
 
 
@@ -157,48 +161,38 @@ def reliability(labels01: Sequence[int], p: Sequence[float], groups: Sequence, b
                         high=np.maximum([high for _, high in ends], found["share"])).reset_index()
 
 
-def calibration(labels01: Sequence[int], p: Sequence[float], groups: Sequence, draws: int, seed: int) -> dict:
-    """ece, slope and intercept of the probabilities `p` (n,), each with <name>_low and <name>_high (95 %).
+def calibration(labels01: Sequence[int], p: Sequence[float], groups: Sequence, draws: int, seed: int, bins: int = 10) -> dict:
+    """n, n_groups, n_positive; ece, slope and intercept of the probabilities `p` (n,), each with <name>_low and <name>_high (95 %).
 
-    ece: ten bins, bootstrap over groups. slope, intercept: logistic regression of the label on the log odds (Cox,
-    Biometrika 45 (1958) 562), errors robust to groups; NaN with a `why` where the classes are separable or p constant."""
+    ece: in equal `bins`, bootstrap over groups. slope, intercept: logistic regression of the label on the log odds (Cox, Biometrika 45
+    (1958) 562) by statsmodels, errors robust to groups; NaN with a `why` where the classes are separable or p is constant."""
     y, p = metrics._checked(labels01, p)
-    inside = np.minimum((p * 10).astype(int), 9)[:, None] == np.arange(10)
-    weights = metrics.group_weights(groups, draws, seed, y)
+    inside = np.minimum((p * bins).astype(int), bins - 1)[:, None] == np.arange(bins)
+    weights = np.concatenate([np.ones((1, len(y))), metrics.group_weights(groups, draws, seed, y)])
     errors = np.abs(weights @ (inside * (y - p)[:, None])).sum(1) / weights.sum(1)
-    low, high = np.quantile(errors, (0.025, 0.975)) if draws else (np.nan, np.nan)
-    value = float(np.abs((inside * (y - p)[:, None]).sum(0)).sum() / len(y))
-    result = {"n": len(y), "n_groups": len(set(groups)), "ece": value, "ece_low": min(low, value), "ece_high": max(high, value)}
+    low, high = np.quantile(errors[1:], (0.025, 0.975)) if draws else (np.nan, np.nan)
+    member = pd.factorize(np.asarray(list(groups)))[0]
+    result = {"n": len(y), "n_groups": int(member.max()) + 1, "n_positive": int(y.sum()), "ece": errors[0], "ece_low": min(low, errors[0]),
+              "ece_high": max(high, errors[0])} | dict.fromkeys([f"{m}{end}" for m in ("slope", "intercept") for end in ("", "_low", "_high")], np.nan)
     cut = np.clip(p, 1e-7, 1 - 1e-7)
-    x = np.c_[np.ones(len(y)), np.log(cut / (1 - cut))]
-    beta = _logistic(x, y)
-    q = np.zeros(len(y)) if beta is None else 1 / (1 + np.exp(-x @ beta))
-    information = x.T @ (x * (q * (1 - q))[:, None])
-    if beta is None or np.linalg.cond(information) > 1e10:
-        return result | {"why": "no slope: p is constant, or separates the classes"}
-    bread = np.linalg.inv(information)
-    sums = pd.DataFrame(x * (y - q)[:, None]).groupby(np.asarray(list(groups))).sum().to_numpy()
-    half = norm.ppf(0.975) * np.sqrt(np.diag(bread @ sums.T @ sums @ bread) * len(sums) / max(len(sums) - 1, 1))
-    for name, b, h in zip(("intercept", "slope"), beta, half, strict=True):
-        result |= {name: b, f"{name}_low": b - h, f"{name}_high": b + h}
+    odds = np.log(cut / (1 - cut))
+    if y.all() or not y.any():
+        return result | {"why": "no slope: there is one class"}
+    if np.ptp(odds) < 1e-3:
+        return result | {"why": "no slope: p is constant"}
+    if odds[~y].max() <= odds[y].min() or odds[y].max() <= odds[~y].min():
+        return result | {"why": "no slope: p separates the classes"}
+    if result["n_groups"] < 3:
+        return result | {"why": "no slope: two groups tell no spread"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit = Logit(y.astype(float), np.c_[np.ones(len(y)), odds]).fit(disp=0, maxiter=100, cov_type="cluster", cov_kwds={"groups": member})
+    except (PerfectSeparationError, np.linalg.LinAlgError, Warning):
+        return result | {"why": "no slope: the regression has no finite answer"}
+    for name, value, (low, high) in zip(("intercept", "slope"), fit.params, fit.conf_int(), strict=True):
+        result |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return result
-
-
-def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    "Newton's method; None where it has no finite answer"
-    beta = np.zeros(x.shape[1])
-    if np.ptp(x[:, 1]) < 1e-3 or y.all() or not y.any():
-        return None
-    positive, other = x[y, 1], x[~y, 1]
-    if other.max() <= positive.min() or positive.max() <= other.min():
-        return None
-    for _ in range(100):
-        q = 1 / (1 + np.exp(-np.clip(x @ beta, -50, 50)))
-        step = np.linalg.lstsq(x.T @ (x * (q * (1 - q))[:, None]), x.T @ (y - q), rcond=None)[0]
-        beta = beta + np.clip(step, -2, 2)
-        if np.abs(step).max() < 1e-9:
-            return beta
-    return None
 
 # %% ../nbs/08c_evidence.ipynb #c022
 PREVALENCES = (0.01, 0.1, 0.5)
@@ -243,27 +237,43 @@ def beside_paper(protocols: Mapping[str, Mapping], names: Sequence[str]) -> pd.D
 
 
 def reliability_figure(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str], found: pd.DataFrame) -> Figure:
-    "A reliability diagram for each network, dots as large as their share of slices, bars the intervals"
+    "A reliability diagram for each network, dots as large as their share of slices, bars the intervals; `found` has a row of `calibration` for each"
     columns = 2 if len(tables) == 4 else min(3, len(tables))
     lines = -(-len(tables) // columns)
-    fig = Figure(figsize=(3.5 * columns, 3.6 * lines + 0.7), layout="constrained")
-    axes = fig.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    colours = colours_of(list(tables), titles)
+    fig = Figure(figsize=(3.5 * columns, 3.9 * lines + 0.8), layout="constrained")
+    axes = fig.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    colours, rows = colours_of(list(tables), titles), found.set_index("name")
     for ax, (name, table) in zip(axes, tables.items(), strict=False):
         ax.plot([0, 1], [0, 1], color="#808080", lw=1, ls="--")
         ax.vlines(table["p"], table["low"], table["high"], color=colours[name], lw=1.5)
-        ax.scatter(table["p"], table["share"], s=15 + 250 * table["n"] / table["n"].sum(), color=colours[name], zorder=3)
-        row = found.set_index("name").loc[name]
-        ax.set_title(f"{titles[name]}\ncalibration error {row['ece']:.2f} ({row['ece_low']:.2f} to {row['ece_high']:.2f})", fontsize=9)
+        ax.scatter(table["p"], table["share"], s=15 + 250 * table["n"] / table["n"].sum(), color=colours[name], zorder=3, clip_on=False)
+        ax.set_title(f"{titles[name]}, T = {rows.at[name, 'temperature']:.2f}\n" + "\n".join(_calibration_words(rows.loc[name])), fontsize=8.5, loc="left")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        ax.tick_params(labelbottom=True)
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[len(tables):]:
-        ax.set_visible(False)
-    fig.supxlabel("Probability given, after temperature scaling", fontsize=10)
+        ax.remove()
+    first = rows.iloc[0]
+    fig.supxlabel(f"Probability given, after temperature scaling (hold-out: {first['n']} slices, {first['n_groups']} groups; bars: 95 % by Wilson over groups)", fontsize=8.5)
     fig.supylabel("Share that is positive", fontsize=10)
-    fig.suptitle("Hold-out: on the dashed line the probabilities are true\n(bars: 95 % by Wilson over groups)", fontsize=10)
+    fig.suptitle("\n".join(textwrap.wrap(calibration_finding(found[found["name"].isin(list(tables))], titles), 40 * columns)), fontsize=10, fontweight="bold",
+                 x=0.01, ha="left")
     return fig
+
+
+def _calibration_words(row: pd.Series) -> list[str]:
+    part = {name: metrics.said({"value": row.get(name), "low": row.get(f"{name}_low"), "high": row.get(f"{name}_high")}) for name in ("ece", "slope")}
+    return [f"calibration error {part['ece']}", f"slope {part['slope']}"]
+
+
+def calibration_finding(found: pd.DataFrame, titles: Mapping[str, str]) -> str:
+    "One sentence: whose slope's interval leaves out 1, of the rows of `calibration`"
+    known = found[found["slope"].notna()]
+    sure, unsure = known[known["slope_high"] < 1], known[known["slope_low"] > 1]
+    parts = [f"{', '.join(titles[n] for n in part['name'])} {'is' if len(part) == 1 else 'are'} too {word}" for part, word in ((sure, "sure"), (unsure, "unsure")) if len(part)]
+    if not len(known):
+        return "No slope can be fitted: every network's probabilities separate the hold-out's classes or are constant"
+    said = "; ".join(parts) or f"No network is shown to be too sure or too unsure ({len(known)} of {len(found)} slopes could be fitted)"
+    return f"{said}: on the dashed line the probabilities are true"
 
 
 def calibrated(predictions: pd.DataFrame, chosen: Mapping[str, Mapping], classes: Sequence[str]) -> pd.DataFrame:
@@ -277,26 +287,30 @@ def calibrated(predictions: pd.DataFrame, chosen: Mapping[str, Mapping], classes
 
 # %% ../nbs/08c_evidence.ipynb #c035
 def per_class(table: pd.DataFrame, classes: Sequence[str], draws: int, seed: int) -> pd.DataFrame:
-    """A row for each of `classes` against the rest, for their mean ("macro"), and for all others against "normal" where that is a class: auc,
-    sensitivity, specificity, precision and f1 with <name>_low and <name>_high (95 %, bootstrap over groups), n, n_groups, n_positive.
+    """A row for each of `classes` against the rest, for their mean ("macro"), and for all others against "normal" where that is a class: each of
+    METRICS with <name>_low and <name>_high (95 %), n, n_groups, n_positive, and `why` what is undefined.
 
-    `table` has label, group and p_<class> of one network's slices. NaN where a class has no slice."""
+    `table` has label, group and p_<class> of one network's slices. Decisions are the class with the highest probability; intervals are those of
+    `metrics.summarise`, and by bootstrap over groups for the mean, which is defined where it is for every class."""
     p, labels = table[p_columns(classes)].to_numpy(), table["label"].to_numpy()
-    weights = np.concatenate([np.ones((1, len(p))), metrics.group_weights(table["group"], draws, seed, labels)])
-    wanted, top = ("auc", "sensitivity", "specificity", "precision", "f1"), np.array(classes)[p.argmax(1)]
+    top = np.array(classes)[p.argmax(1)]
     versus = {name: (labels == name, p[:, k], top == name) for k, name in enumerate(classes)}
+    weights = np.concatenate([np.ones((1, len(p))), metrics.group_weights(table["group"], draws, seed, labels)])
+    drawn = [metrics.metric_values(*one, weights) for one in versus.values()]
     if "normal" in classes:
         versus["cancer against normal"] = labels != "normal", 1 - p[:, list(classes).index("normal")], top != "normal"
-    found = {}
-    for name, (y, score, called) in versus.items():
-        found[name] = metrics.metric_values(y, called.astype(float), 0.5, weights) | {"auc": metrics.weighted_auc(y, score, weights)}
-    found["macro"] = {m: np.mean([found[name][m] for name in classes], axis=0) for m in wanted}
     rows = []
-    for name, of in found.items():
-        row = {"class": name, "n": len(p), "n_groups": table["group"].nunique(), "n_positive": int(versus[name][0].sum()) if name in versus else len(p)}
-        for m in wanted:
-            drawn = of[m][1:][~np.isnan(of[m][1:])]
-            low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (np.nan, np.nan)
-            row |= {m: of[m][0], f"{m}_low": min(low, of[m][0]), f"{m}_high": max(high, of[m][0])}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    for name, (y, score, called) in versus.items():
+        s = metrics.summarise(y, score, table["group"], called, draws, seed, name)
+        rows.append({"class": name, **{key: s[key] for key in ("n", "n_groups", "n_positive")},
+                     **{f"{m}{end}": s[m][key] for m in metrics.METRICS for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))},
+                     "why": "; ".join(f"{m}: {s[m]['why']}" for m in metrics.METRICS if s[m]["value"] is None)})
+    macro = {"class": "macro", **{key: rows[0][key] for key in ("n", "n_groups")}, "n_positive": len(p)}
+    for m in metrics.METRICS:
+        mean = np.mean([of[m] for of in drawn], axis=0)
+        known = mean[1:][~np.isnan(mean[1:])]
+        low, high = np.quantile(known, (0.025, 0.975)) if len(known) and not np.isnan(mean[0]) else (np.nan, np.nan)
+        macro |= {m: mean[0], f"{m}_low": min(low, mean[0]), f"{m}_high": max(high, mean[0])}
+    lacking = [m for m in metrics.METRICS if np.isnan(macro[m])]
+    macro["why"] = f"{', '.join(lacking)}: undefined for a class" if lacking else ""
+    return pd.DataFrame([*rows[:len(classes)], macro, *rows[len(classes):]])

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.stats import norm
+from scipy.stats import t as student
 
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['METRICS', 'wilson', 'group_weights', 'weighted_auc', 'metric_values', 'summarise', 'calibrate', 'fit_temperature',
-           'operating_point', 'repeated', 'said', 'pool_repeats']
+__all__ = ['METRICS', 'TEMPERATURES', 'wilson', 'effective_size', 'group_weights', 'weighted_auc', 'metric_values', 'summarise',
+           'calibrate', 'fit_temperature', 'operating_point', 'repeated', 'said', 'pool_repeats']
 
 # %% ../nbs/08a_metrics.ipynb #c005
 def _checked(labels01: Sequence[int], p: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -33,19 +33,35 @@ def _checked(labels01: Sequence[int], p: Sequence[float]) -> tuple[np.ndarray, n
     return y.astype(bool), p
 
 # %% ../nbs/08a_metrics.ipynb #c008
-def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Interval for the share `k`/`n` of independent trials, both ends in 0..1; (0, 1) when `n` is 0.
 
-    Wilson, JASA 22 (1927) 209; as in Brown, Cai, DasGupta, Statistical Science 16 (2001) 101, equation 4.
+    Wilson, JASA 22 (1927) 209, by statsmodels, which takes an effective number of trials too.
     Raises StudyError unless 0 <= k <= n."""
+    from statsmodels.stats.proportion import proportion_confint  # a second, which a server that draws no interval saves
+
     if not 0 <= k <= n:
         raise StudyError(f"{k} of {n} is no share: the first number must be between 0 and the second")
     if n == 0:
         return 0.0, 1.0
-    z, share = norm.ppf((1 + level) / 2), k / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (0.0 if k == 0 else max(0.0, middle - half)), (1.0 if k == n else min(1.0, middle + half))
+    low, high = map(float, proportion_confint(k, n, 1 - level, method="wilson"))
+    return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def effective_size(right: np.ndarray, groups: np.ndarray) -> float:
+    """So many independent slices tell as much of the share of `right` (bool (n,)) as these do in their `groups` ((n,)).
+
+    n by the design effect of the ratio of sums over groups (Rao and Scott, Biometrics 48 (1992) 577), at least 1, and, for the few
+    groups that it is estimated from, by the square of Student's quantile for the groups by that for the slices (Korn and Graubard,
+    Survey Methodology 24 (1998) 193). The number of groups where all slices agree or there is one group: nothing is known of the spread."""
+    members = np.unique(groups, return_inverse=True)[1]
+    sizes, hits = np.bincount(members), np.bincount(members, right)
+    n, n_groups, share = len(right), len(sizes), np.mean(right)
+    if n_groups in (1, n) or share in (0, 1):
+        return float(n_groups)
+    variance = n_groups / (n_groups - 1) * ((hits - share * sizes) ** 2).sum() / n**2
+    few = (student.ppf(0.975, n_groups - 1) / student.ppf(0.975, n - 1)) ** 2
+    return float(min(n, share * (1 - share) / variance if variance else n) / few)
 
 # %% ../nbs/08a_metrics.ipynb #c012
 def _group_counts(groups: Sequence, labels01: Sequence | None, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,19 +137,23 @@ METRICS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "preci
 _SHARES = ("accuracy", "sensitivity", "specificity", "precision", "npv")
 
 
-def metric_values(labels01: Sequence[int], p: Sequence[float], threshold: float,
+def _called(p: np.ndarray, threshold: float | np.ndarray) -> np.ndarray:
+    return p >= threshold if np.ndim(threshold) == 0 else np.asarray(threshold, bool)
+
+
+def metric_values(labels01: Sequence[int], p: Sequence[float], threshold: float | np.ndarray,
                   weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Each of METRICS for each row of `weights` (draws, n): float64 (draws,), NaN where undefined.
 
     Without `weights` there is one draw that holds each slice once. A slice is called positive when its probability
-    `p` (n,) in 0..1 is at least `threshold`. Shares as in Altman and Bland, BMJ 308 (1994) 1552; balanced accuracy:
+    `p` (n,) in 0..1 is at least `threshold`, or where `threshold` is itself the decisions, bool (n,). Shares as in Altman and Bland, BMJ 308 (1994) 1552; balanced accuracy:
     Brodersen et al., ICPR 2010; average precision without interpolation; Brier, Monthly Weather Review 78 (1950) 1,
     of the positive class alone; mcc: Matthews, Biochimica et Biophysica Acta 405 (1975) 442, undefined where all
     slices are of one class or called one class; npv: share of the slices called negative that are; log loss of the positive class in nats, `p` cut to 1e-7..1-1e-7.
     Raises StudyError for NaN."""
     y, p = _checked(labels01, p)
     w = np.ones((1, len(y))) if weights is None else np.atleast_2d(weights).astype(np.float64)
-    called, cut = p >= threshold, np.clip(p, 1e-7, 1 - 1e-7)
+    called, cut = _called(p, threshold), np.clip(p, 1e-7, 1 - 1e-7)
     columns = np.stack([y & called, y & ~called, ~y & called, ~y & ~called, (p - y) ** 2,
                         -np.log(np.where(y, cut, 1 - cut))], axis=1).astype(np.float64)
     hit, miss, alarm, rest, brier, loss = (w @ columns).T
@@ -167,12 +187,13 @@ def _chunks(counts: np.ndarray, member: np.ndarray, cells: int = 2_000_000) -> I
         yield counts[first:first + step][:, member]
 
 
-def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, threshold: float, draws: int, seed: int,
+def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, threshold: float | np.ndarray, draws: int, seed: int,
               positive: str = "1") -> dict:
     """Every metric as {"value", "low", "high", "interval"}, plus n, n_groups, n_positive, positive_class, threshold.
 
-    `labels01` (n,) is 1 for the class named `positive`, `p` (n,) its probability. Intervals hold 95 % of `draws`
-    bootstrap draws over groups (percentiles: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter
+    `labels01` (n,) is 1 for the class named `positive`, `p` (n,) its probability, `threshold` as in `metric_values` (None in the
+    summary where it is the decisions). Shares have Wilson's interval for the slices' `effective_size`. The other intervals hold
+    95 % of `draws` bootstrap draws over groups (percentiles: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter
     13). Undefined values are None with a "why". Raises StudyError for NaN or a slice without a group."""
     y, p = _checked(labels01, p)
     if len(groups) != len(y):
@@ -181,7 +202,7 @@ def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, thr
     point = {name: float(value[0]) for name, value in metric_values(y, p, threshold).items()}
     parts = [metric_values(y, p, threshold, weights) for weights in _chunks(counts, member)]
     drawn = {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0) for name in METRICS}
-    called, single = p >= threshold, counts.shape[1] == len(y)
+    called = _called(p, threshold)
     concerned = {"accuracy": np.ones(len(y), bool), "sensitivity": y, "specificity": ~y, "precision": called, "npv": ~called}
     right = called == y
 
@@ -189,12 +210,12 @@ def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, thr
         value, values = point[name], drawn[name][~np.isnan(drawn[name])]
         if np.isnan(value):
             return _null(_WHY[name])
-        if name in _SHARES and (single or value in (0.0, 1.0)):
-            n = int(concerned[name].sum()) if single else len(np.unique(member[concerned[name]]))
-            k = int(right[concerned[name]].sum()) if single else int(round(value * n))
-            low, high = wilson(k, n)
-            unit = "slices" if single else "groups"
-            return {"value": value, "low": low, "high": high, "interval": f"Wilson over {n} {unit}"}
+        if name in _SHARES:
+            at = concerned[name]
+            n, n_groups, size = int(at.sum()), len(np.unique(member[at])), effective_size(right[at], member[at])
+            low, high = wilson(value * size, size)
+            worth = f"{n} slices" if n_groups == n else f"{n} slices in {n_groups} group{'s' * (n_groups > 1)}, worth {size:.1f} independent ones"
+            return {"value": value, "low": low, "high": high, "interval": f"Wilson, {worth}"}
         if not len(values):
             why = "no draw defines it" if draws else "no draws were asked for"
             return {"value": value, "low": None, "high": None, "why": why}
@@ -208,7 +229,7 @@ def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, thr
         return result
 
     return {**{name: one(name) for name in METRICS}, "n": len(y), "n_groups": counts.shape[1],
-            "n_positive": int(y.sum()), "positive_class": positive, "threshold": float(threshold)}
+            "n_positive": int(y.sum()), "positive_class": positive, "threshold": float(threshold) if np.ndim(threshold) == 0 else None}
 
 # %% ../nbs/08a_metrics.ipynb #c032
 def calibrate(p: np.ndarray, temperature: float) -> np.ndarray:
@@ -226,16 +247,23 @@ def calibrate(p: np.ndarray, temperature: float) -> np.ndarray:
     return scaled / scaled.sum(axis=1, keepdims=True)
 
 
-def fit_temperature(p: np.ndarray, label_index: Sequence[int]) -> float:
-    """The temperature in 0.05..20 with the lowest log loss for probabilities `p` (n, k) and class numbers (n,).
+TEMPERATURES = (0.05, 20.0)
+"Between these a temperature is sought"
 
-    The loss is convex in 1/temperature, so a bounded search finds the one minimum. Raises StudyError for NaN."""
+
+def fit_temperature(p: np.ndarray, label_index: Sequence[int]) -> float:
+    """The temperature in TEMPERATURES with the lowest log loss for probabilities `p` (n, k) and class numbers (n,).
+
+    1/temperature has a normal prior of mean 1 and standard deviation 1, which weighs about as much as one slice: without it a
+    network that makes no error on few slices would be made infinitely sure. The loss is convex in 1/temperature, so a bounded
+    search finds the one minimum. Raises StudyError for NaN."""
     label_index, rows = np.asarray(label_index), np.arange(len(p))
 
-    def loss(log_temperature: float) -> float:
-        return -np.log(np.clip(calibrate(p, math.exp(log_temperature))[rows, label_index], 1e-300, 1)).mean()
+    def loss(sharpness: float) -> float:
+        likelihood = np.clip(calibrate(p, 1 / sharpness)[rows, label_index], 1e-300, 1)
+        return (sharpness - 1) ** 2 / 2 - np.log(likelihood).sum()
 
-    return float(math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x))
+    return float(1 / minimize_scalar(loss, bounds=[1 / t for t in TEMPERATURES[::-1]], method="bounded").x)
 
 
 def operating_point(labels01: Sequence[int], p: Sequence[float], sensitivity: float) -> float:

@@ -317,6 +317,38 @@ def test_figures_are_whole_and_the_same_bytes_again(study, result, predictions, 
         assert Image.open(png).width > 600 and b"CreationDate" not in first[1]
 
 
+def test_four_classes_are_drawn_whole():
+    rng = np.random.default_rng(1)
+    four = ["normal", "adenocarcinoma", "large cell", "squamous"]
+    p = rng.dirichlet(np.ones(4), 120)
+    table = pd.DataFrame(p, columns=c.p_columns(four)).assign(
+        label=np.array(four)[np.arange(120) % 4], network="n", protocol="holdout", image_id=[f"{i}" for i in range(120)],
+        group=[f"g{i // 3}" for i in range(120)], repeat=0, fold="0")
+    how = c.choose_thresholds(table.assign(protocol="validation"), four, POSITIVE, 0.9)
+    matrix = c.confusion_table(table, ["n"], four, POSITIVE, how)
+    right = (table["label"] == np.array(four)[p.argmax(1)]).sum()
+    assert matrix.shape == (4, 7) and np.trace(matrix[four]) == right and (matrix[four].sum(axis=1) == 30).all()
+    result = {"positive": POSITIVE, "classes": four, "titles": {"n": "N"}, "protocols": c.evaluate(table, four, POSITIVE, how, 50, 0)}
+    figure = c.confusion_figure(result, table, how, "n", 0.9)
+    assert len(figure.axes[0].texts) == 16 and f"names the class of {right} of 120" in figure.get_suptitle().replace("\n", " ")
+
+
+def test_a_network_has_its_colour_in_every_figure():
+    titles = {"a": "A", "b": "B", "tuned": "B (tuned)"} | c.BASELINES
+    assert c.colours_of(["b"], titles)["b"] == c.colours_of(list(titles), titles)["b"] == c.colours_of(["tuned"], titles)["tuned"]
+
+
+def test_a_hopeless_temperature_is_told(predictions):
+    table = predictions.query("network == 'good' and protocol == 'validation'")
+    wrong = table.assign(p_normal=table["p_adenocarcinoma"], p_adenocarcinoma=table["p_normal"])
+    assert "ended at the bound" in c.choose_thresholds(wrong, CLASSES, POSITIVE, 0.9)["good"]["why"]
+
+
+def test_the_published_protocol_counts_the_groups_of_one_repeat(result):
+    for s in result["protocols"]["published"].values():
+        assert s["n"] == 42 and s["n_groups"] <= 30 and s["n_groups"] <= s["n"]
+
+
 def test_figures_survive_undefined_numbers_and_one_protocol(study, result, predictions):
     scores = {n: dict(s) for n, s in result["protocols"]["holdout"].items()}
     for s in scores.values():

@@ -77,17 +77,38 @@ def test_auc_is_mirrored_by_reversed_scores(case):
     assert metrics.weighted_auc(1 - y, p, w)[0] == pytest.approx(1 - metrics.weighted_auc(y, p, w)[0])
 
 
-@given(st.integers(0, 60), st.integers(1, 60), st.sampled_from([0.8, 0.95, 0.99]))
-def test_wilson_solves_the_score_test(k, n, level):
-    from scipy.stats import norm
-    k = min(k, n)
-    low, high = metrics.wilson(k, n, level)
-    assert 0 <= low <= k / n <= high <= 1 and low < high
-    for end in (low, high):
-        if 0 < end < 1:
-            score = abs(k / n - end) / np.sqrt(end * (1 - end) / n)
-            assert score == pytest.approx(norm.ppf((1 + level) / 2), rel=1e-6)
-    assert metrics.wilson(n - k, n, level) == pytest.approx((1 - high, 1 - low))
+@pytest.mark.parametrize("k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_wilson_gives_newcombes_table(k, n, low, high):
+    "R. Newcombe, Two-sided confidence intervals for the single proportion, Statistics in Medicine 17 (1998) 857, table I, method 3"
+    assert metrics.wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+    assert metrics.wilson(n - k, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_metrics_give_what_scikit_learns_documentation_prints():
+    got = {k: v[0] for k, v in metrics.metric_values([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 0.5).items()}
+    assert (round(got["auc"], 2), round(got["average_precision"], 2)) == (0.75, 0.83)
+    assert metrics.metric_values([0, 1, 1, 0], [0.1, 0.9, 0.8, 0.3], 0.5)["brier"][0] == pytest.approx(0.0375)
+    assert metrics.metric_values([1, 1, 1, 0], [1, 0, 1, 1], 0.5)["mcc"][0] == pytest.approx(-0.33, abs=0.005)
+
+
+@given(st.lists(st.integers(1, 6), min_size=3, max_size=12), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_the_effective_size_is_that_of_single_slices_and_never_more_than_n(sizes, seed):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    right = np.random.default_rng(seed).random(len(groups)) < 0.6
+    assert metrics.effective_size(right, np.arange(len(groups))) == len(groups)
+    size = metrics.effective_size(right, groups)
+    assert 0 < size <= len(groups)
+    if not 0 < right.mean() < 1:
+        assert size == len(sizes)
+
+
+def test_copies_of_slices_do_not_narrow_a_share():
+    y, p = np.arange(60) % 2, np.random.default_rng(3).random(60)
+    once = metrics.summarise(y, p, np.arange(60), 0.5, 20, 0)["accuracy"]
+    copied = metrics.summarise(np.repeat(y, 5), np.repeat(p, 5), np.repeat(np.arange(60), 5), 0.5, 20, 0)["accuracy"]
+    assert copied["value"] == once["value"] and copied["high"] - copied["low"] == pytest.approx(once["high"] - once["low"], rel=0.05)
+    assert "300 slices in 60 groups, worth" in copied["interval"]
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=12), st.integers(0, 99), st.booleans())
@@ -135,6 +156,16 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         auc = metrics.summarise(y, 1 / (1 + np.exp(-scores)), groups, 0.5, 300, trial)["auc"]
         covered += auc["low"] <= 0.8019 <= auc["high"]  # Phi(1.2 / sqrt(2 * (0.64 + 0.36)))
     assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_a_share_of_clustered_slices_is_covered_where_the_bootstrap_is_too_narrow():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(300):
+        right, groups = rng.random((12, 5)) < rng.beta(1.8, 0.2, (12, 1)), np.repeat(np.arange(12), 5)
+        share = metrics.summarise(np.ones(60, int), right.ravel().astype(float), groups, 0.5, 0, 0)["sensitivity"]
+        covered += share["low"] <= 0.9 <= share["high"]
+    assert covered / 300 >= 0.92
 
 
 def test_a_constant_prediction_has_a_chance_auc_and_says_so():
@@ -203,6 +234,13 @@ def test_the_operating_point_is_the_highest_that_reaches_the_sensitivity(case, w
     higher = p[p > threshold]
     if len(higher):
         assert (p[y == 1] >= higher.min()).mean() < wanted
+
+
+def test_the_temperature_without_an_error_stays_near_one_and_a_hopeless_one_ends_at_the_bound():
+    sure = np.c_[np.full(49, 0.01), np.full(49, 0.99)]
+    assert 0.5 < metrics.fit_temperature(sure, [1] * 49) < 1
+    assert metrics.fit_temperature(np.full((40, 2), 0.5), [0, 1] * 20) == pytest.approx(1)
+    assert metrics.fit_temperature(sure, [0] * 49) == pytest.approx(metrics.TEMPERATURES[1], rel=0.01)
 
 
 def test_repeats():

@@ -5,9 +5,11 @@
 # %% ../nbs/08e_controls.ipynb #c002
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from . import metrics
 from .collection import catalogue
-from .comparison import p_columns
+from .comparison import BASELINES, colours_of, p_columns
 from .features import BATCH, cut, forward
 from .groups import random_split
 from .lungs import Field, find_lungs, see
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['ALTERATIONS', 'altered', 'features_of', 'control_rows', 'control_sentences', 'permuted', 'by_lot', 'subgroups',
-           'external_manifest', 'external_rows', 'control_figure', 'worst_errors', 'gallery']
+__all__ = ['ALTERATIONS', 'VACUOUS', 'altered', 'features_of', 'control_rows', 'shortcuts', 'control_sentences', 'permuted',
+           'by_lot', 'subgroups', 'external_manifest', 'external_rows', 'control_figure', 'worst_errors', 'gallery']
 
 # %% ../nbs/08e_controls.ipynb #c007
 def _blacked(pixels: np.ndarray, field: Field) -> np.ndarray:
@@ -85,29 +87,43 @@ def features_of(model: keras.Model, slices: int) -> Callable[[np.ndarray], np.nd
                                             for k in range(0, len(pictures), BATCH)])
 
 
+VACUOUS = "nothing is left to see, so the AUC is one half by construction"
+
+
 def control_rows(model: keras.Model, name: str, features: Mapping[str, np.ndarray], rows: pd.DataFrame, study: Study) -> list[dict]:
-    "One row for each control in `features` (name → float32, n × channels): name, control, auc, low, high, n, n_groups; `why` where it is undefined"
+    """One row for each control in `features` (name → float32, n × channels): name, control, auc, low, high, n, n_groups, and `why` where it says nothing.
+
+    Where an alteration leaves the same picture of every slice (lungs blacked out of a picture of lungs alone) the AUC is 0.5 whatever the
+    network does: it has no interval and is told as that."""
     head = cut(model, "features")[1]
     y, positive, found = (rows["label"] == study.positive).to_numpy(), study.classes.index(study.positive), []
     for control, x in features.items():
         p = np.asarray(head([x], training=False))[:, positive]
         s = metrics.summarise(y, p, rows["group"], 0.5, study["compare"]["draws"], study.seed, study.positive)
-        found.append({"name": name, "control": control, "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"],
-                      "n": s["n"], "n_groups": s["n_groups"], "why": s["auc"].get("why", "")})
+        auc = s["auc"] | ({"low": None, "high": None, "why": VACUOUS} if len(x) > 1 and not np.ptp(x, axis=0).any() else {})
+        found.append({"name": name, "control": control, "auc": auc["value"], "low": auc["low"], "high": auc["high"],
+                      "n": s["n"], "n_groups": s["n_groups"], "why": auc.get("why", "")})
     return found
 
 
+def shortcuts(table: pd.DataFrame) -> dict[str, bool | None]:
+    "Name → whether `control_rows` show that it uses a shortcut: the AUC with blackened lungs is above one half; None where that cannot be tested"
+    rows = table[table["control"] == "lungs blacked out"].set_index("name")
+    return {name: None if pd.isna(row["low"]) else bool(row["low"] > 0.5) for name, row in rows.iterrows()}
+
+
 def control_sentences(table: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
-    "What `control_rows` say, one sentence for each network"
-    sentences = []
+    "What `control_rows` say, one sentence for each network, and one that names the candidates of `titles` that were not tested"
+    sentences, found = [], shortcuts(table)
     for name, part in table.groupby("name", sort=False):
         row = part.set_index("control").loc["lungs blacked out"]
-        if pd.isna(row["low"]):
-            sentences.append(f"{titles[name]} cannot be tested with its lungs blacked out: {row['why']}.")
-            continue
         auc = said(row.rename({"auc": "value"}))
-        sentences.append(f"{titles[name]} uses a shortcut: with the lungs blacked out its AUC is still {auc}." if row["low"] > 0.5 else
-                         f"No shortcut outside the lungs is shown for {titles[name]}: with them blacked out its AUC is {auc}.")
+        sentences.append(
+            f"Whether {titles[name]} uses a shortcut cannot be tested with its lungs blacked out: {row['why']}." if found[name] is None else
+            f"{titles[name]} uses a shortcut: with the lungs blacked out its AUC is still {auc}." if found[name] else
+            f"No shortcut outside the lungs is shown for {titles[name]}: with them blacked out its AUC is {auc}.")
+    if others := [title for name, title in titles.items() if name not in found and name not in BASELINES]:
+        sentences.append(f"Not put through these controls: {', '.join(others)}.")
     return sentences
 
 # %% ../nbs/08e_controls.ipynb #c018
@@ -148,6 +164,14 @@ def _nearest(thumbs: np.ndarray, y: np.ndarray, fit: np.ndarray, test: np.ndarra
     return float(KNeighborsClassifier(1).fit(thumbs[fit], y[fit]).score(thumbs[test], y[test]))
 
 # %% ../nbs/08e_controls.ipynb #c027
+def _thirds(column: pd.Series) -> pd.Series:
+    "The third that each number is in, named by its ends with as few digits as tell the ends apart"
+    part, ends = pd.qcut(column, 3, duplicates="drop", retbins=True, labels=False)
+    digits = next(d for d in range(10) if len({f"{end:.{d}f}" for end in ends}) == len(ends) or d == 9)
+    names = [f"{low:.{digits}f} to {high:.{digits}f}" for low, high in pairwise(ends)]
+    return part.map(lambda k: names[int(k)])
+
+
 def subgroups(predictions: pd.DataFrame, rows: pd.DataFrame, positive: str, draws: int, seed: int) -> pd.DataFrame:
     """AUC of one network's `predictions` (image_id, p_<class>) in parts of the manifest's `rows` (with `noise`, greys): by, part, n, n_groups, n_positive, auc, low, high; `why`
     where a part has no AUC."""
@@ -156,7 +180,7 @@ def subgroups(predictions: pd.DataFrame, rows: pd.DataFrame, positive: str, draw
     numbers = {"pixels on the long side": table[["width", "height"]].max(axis=1), "sharpness": table["sharpness"], "noise, greys": table["noise"]}
     for what, column in numbers.items():
         if column.nunique() > 2:
-            parts[what] = pd.qcut(column, 3, duplicates="drop").map(lambda part: f"{part.left:.0f} to {part.right:.0f}").astype(str)
+            parts[what] = _thirds(column)
         else:
             parts[what] = column.astype(str)
     found = []
@@ -190,11 +214,12 @@ def external_manifest(study: Study, slices: Path) -> pd.DataFrame:
 
 
 def external_rows(predictions: pd.DataFrame, study: Study, chosen: Mapping[str, Mapping]) -> pd.DataFrame:
-    "One row for each network of `predictions` (label, group, p_<class> of external slices): n, n_groups, and AUC and decisions at our threshold, with intervals"
+    """Rows for each network or baseline of `predictions` (label, group, p_<class> of external slices): n, n_groups, AUC and decisions at our
+    threshold, accuracy and balanced accuracy at 0.5, with intervals"""
     rows = []
     for name, table in predictions.groupby("network", sort=False):
         p = metrics.calibrate(table[p_columns(study.classes)].to_numpy(), chosen[name]["temperature"])[:, study.classes.index(study.positive)]
-        for threshold, words in ((chosen[name]["threshold"], ("auc", "sensitivity", "specificity")), (0.5, ("balanced_accuracy",))):
+        for threshold, words in ((chosen[name]["threshold"], ("auc", "sensitivity", "specificity")), (0.5, ("accuracy", "balanced_accuracy"))):
             s = metrics.summarise(table["label"] == study.positive, p, table["group"], threshold, study["compare"]["draws"], study.seed, study.positive)
             rows += [{"name": name, "metric": m, "value": s[m]["value"], "low": s[m]["low"], "high": s[m]["high"], "threshold": threshold,
                       "n": s["n"], "n_groups": s["n_groups"], "why": s[m].get("why", "")} for m in words]
@@ -202,24 +227,38 @@ def external_rows(predictions: pd.DataFrame, study: Study, chosen: Mapping[str, 
 
 # %% ../nbs/08e_controls.ipynb #c033
 def control_figure(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    "AUC of each network under each control, with intervals; grey: chance"
-    names = list(table["name"].unique())
-    fig = Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
+    "AUC of each network under each control, with intervals; grey: chance; hollow: one half by construction"
+    names, colours = list(table["name"].unique()), colours_of(table["name"].unique(), titles)
+    fig = Figure(figsize=(max(6.5, 3.1 * len(names)), 3.2), layout="constrained")
     for ax, name in zip(fig.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         part = table[table["name"] == name].reset_index(drop=True)
         ax.axvline(0.5, color="#999999", lw=1, ls="--")
         for k, row in part.iterrows():
-            colour = "#0072B2" if row["control"] == "unaltered" else "#D55E00"
+            if pd.isna(row["auc"]):
+                ax.text(0.02, k, row["why"], fontsize=7, va="center", color="#555555")
+                continue
             if not pd.isna(row["low"]):
-                ax.plot([row["low"], row["high"]], [k, k], color=colour, lw=2)
-            ax.plot(row["auc"], k, "o", color=colour)
+                ax.plot([row["low"], row["high"]], [k, k], color=colours[name], lw=2, clip_on=False)
+            ax.plot(row["auc"], k, "o", color=colours[name], mfc="white" if row["why"] == VACUOUS else colours[name], clip_on=False)
         ax.set_yticks(range(len(part)), part["control"])
         ax.set(xlim=(0, 1.02), ylim=(len(part) - 0.5, -0.5), xlabel="AUC on the hold-out")
         ax.set_title(titles[name], fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     s = table.iloc[0]
-    fig.suptitle(f"What is left when the lungs cannot be seen ({s['n']} slices, {s['n_groups']} groups; bars 95 %, dashed: chance)", fontsize=10)
+    hollow = "; hollow: nothing is left to see, one half by construction" if (table["why"] == VACUOUS).any() else ""
+    fig.supxlabel(f"{s['n']} slices, {s['n_groups']} groups; lines: 95 % by bootstrap over groups; dashed: chance{hollow}", fontsize=8, color="#555555")
+    fig.suptitle("\n".join(textwrap.wrap(_control_finding(table, titles), int(max(6.5, 3.1 * len(names)) * 10.5))), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
+
+
+def _control_finding(table: pd.DataFrame, titles: Mapping[str, str]) -> str:
+    found = shortcuts(table)
+    using = [titles[name] for name, shortcut in found.items() if shortcut]
+    if using:
+        return f"{', '.join(using)} still {'tells' if len(using) == 1 else 'tell'} the classes apart with the lungs blacked out: a shortcut"
+    if all(shortcut is None for shortcut in found.values()):
+        return "With the lungs blacked out nothing is left to see here, so that control can show no shortcut; border and blur can"
+    return "No network tells the classes apart with the lungs blacked out"
 
 # %% ../nbs/08e_controls.ipynb #c036
 def worst_errors(predictions: pd.DataFrame, positive: str, threshold: float, shown: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -229,15 +268,16 @@ def worst_errors(predictions: pd.DataFrame, positive: str, threshold: float, sho
             predictions[~is_positive & (p >= threshold)].nlargest(shown, f"p_{positive}"))
 
 
-def gallery(found: Sequence[tuple[str, pd.DataFrame]], slices: Path, positive: str, shown: int) -> Figure:
+def gallery(found: Sequence[tuple[str, pd.DataFrame]], slices: Path, positive: str, shown: int, title: str = "") -> Figure:
     "The slices of each (title, predictions) in `found`, a row for each title, with the probability given"
-    fig = Figure(figsize=(1.7 * shown, 2.2 * len(found)), layout="constrained")
-    for part, (title, table) in zip(fig.subfigures(len(found), 1), found, strict=True):
-        part.suptitle(title if len(table) else f"{title}: none", fontsize=9, fontweight="bold", x=0.01, ha="left")
+    fig = Figure(figsize=(1.7 * shown, 2.4 * len(found) + 0.4), layout="constrained")
+    fig.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+    for part, (row_title, table) in zip(fig.subfigures(len(found), 1, squeeze=False)[:, 0], found, strict=True):
+        part.suptitle(row_title if len(table) else f"{row_title}: none", fontsize=9, x=0.01, ha="left")
         for ax, item in zip(part.subplots(1, shown), [*table.to_dict("records"), *[None] * (shown - len(table))], strict=False):
             ax.axis("off")
             if item:
                 with Image.open(slices / f"{item['image_id']}.png") as picture:
                     ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-                ax.set_title(f"{item[f'p_{positive}']:.2f}", fontsize=8)
+                ax.set_title(f"{item[f'p_{positive}']:.2f}", fontsize=9)
     return fig

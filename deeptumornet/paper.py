@@ -5,7 +5,9 @@
 # %% ../nbs/08f_paper.ipynb #c002
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -14,111 +16,192 @@ from PIL import Image
 from sklearn.metrics import precision_recall_curve
 
 from . import metrics
-from .comparison import BASELINES, PUBLISHED, WHERE, _slice_key, at_half, best_baseline, colours_of, headline, winners
+from deeptumornet.comparison import (
+    BASELINES,
+    PUBLISHED,
+    WHERE,
+    _and,
+    _slice_key,
+    at_half,
+    best_baseline,
+    colours_of,
+    headline,
+    is_tuned,
+    winners,
+)
 from .evidence import PAPER, PAPER_LOSS
 from .metrics import said
 
 # %% auto #0
-__all__ = ['BARS', 'SCENARIOS', 'worth_rows', 'worth_figure', 'performance_figure', 'comparative_figure', 'pr_figure', 'cliques',
-           'difference_figure', 'example_figure', 'recommend']
+__all__ = ['STEPS', 'ELSEWHERE', 'SHOWN', 'BARS', 'SCENARIOS', 'NEAR', 'RULE', 'worth_rows', 'worth_finding', 'worth_figure',
+           'reproduced', 'performance_figure', 'comparative_figure', 'pr_figure', 'cliques', 'difference_figure',
+           'example_figure', 'objections', 'recommend']
 
 # %% ../nbs/08f_paper.ipynb #c007
-def worth_rows(result: Mapping, external: pd.DataFrame | None) -> pd.DataFrame:
-    "step, what (network or baseline), value, low, high, n, n_groups: balanced accuracy at 0.5 of the best network and the best baseline at each step"
-    rows, titles = [], result["titles"]
-    steps = {"published": "random split over files\n(the paper's protocol)", "grouped": "groups kept together,\ncopies removed", "holdout": "held-out groups"}
-    for protocol, step in steps.items():
+STEPS = {"published": "random split over files\n(the paper's protocol)", "grouped": "groups kept together,\ncopies removed",
+         "holdout": "held-out groups"}
+ELSEWHERE = "another hospital"
+SHOWN = {"metadata": "file metadata alone, no pixel", "thumbnail": "16×16 thumbnail, no tumour visible"}
+"The baselines that stand beside the network, and what they see"
+
+
+def worth_rows(result: Mapping, network: str, external: pd.DataFrame | None) -> pd.DataFrame:
+    """step, name, value, low, high, n, n_groups: balanced accuracy at 0.5 of `network` and of the baselines SHOWN at each step, the same at every one.
+
+    Before the first stands what the paper reports (name "paper"): an accuracy, for it reports no other."""
+    rows = [{"step": "the paper reports\n(accuracy)", "name": "paper", "value": PUBLISHED, "low": None, "high": None, "n": None, "n_groups": None}]
+    for protocol, step in STEPS.items():
         if protocol == "holdout" and "grouped" in result["protocols"]:  # one small split says less than repeated folds
             continue
-        scores = {n: at_half(s, "balanced_accuracy") | {"n": s["n"], "n_groups": s["n_groups"]} for n, s in result["protocols"].get(protocol, {}).items()}
-        for what, names in (("network", [n for n in scores if n not in BASELINES]), ("baseline", [n for n in scores if n in BASELINES])):
-            known = [n for n in names if scores[n]["value"] is not None]
-            if known:
-                best = max(known, key=lambda n: scores[n]["value"])
-                rows.append({"step": step, "what": what, "title": titles.get(best, best), **{k: scores[best][k] for k in ("value", "low", "high", "n", "n_groups")}})
+        scores = result["protocols"].get(protocol, {})
+        rows += [{"step": step, "name": name, **at_half(scores[name], "balanced_accuracy"), "n": scores[name]["n"], "n_groups": scores[name]["n_groups"]}
+                 for name in (network, *SHOWN) if name in scores]
     if external is not None:
-        best = external[external["metric"] == "balanced_accuracy"].nlargest(1, "value").iloc[0]
-        rows.append({"step": "another hospital", "what": "network", "title": titles[best["name"]], **best[["value", "low", "high", "n", "n_groups"]]})
-    return pd.DataFrame(rows)
+        part = external[(external["metric"] == "balanced_accuracy") & external["name"].isin([network, *SHOWN])]
+        rows += part.assign(step=ELSEWHERE).to_dict("records")
+    table = pd.DataFrame(rows)[["step", "name", "value", "low", "high", "n", "n_groups"]]
+    return table[table["value"].notna()].astype({"value": float, "low": float, "high": float}).reset_index(drop=True)
 
 
-def worth_figure(rows: pd.DataFrame, leakage: Mapping) -> Figure:
-    "The steps from top to bottom, the best network and the best baseline at each, and the published accuracy"
-    steps = list(rows["step"].unique())
-    fig = Figure(figsize=(8, 1.6 + 0.9 * len(steps)), layout="constrained")
+def worth_finding(rows: pd.DataFrame, network: str, titles: Mapping[str, str]) -> str:
+    "One sentence: what `network` and the better of the baselines reach at each step of `worth_rows`"
+    parts = []
+    for step, where in {STEPS["published"]: "in the paper's own protocol", STEPS["grouped"]: "with groups kept together", STEPS["holdout"]: "on held-out groups",
+                        ELSEWHERE: "at another hospital"}.items():
+        values = rows[rows["step"] == step].set_index("name")["value"]
+        base = values.reindex(list(SHOWN)).dropna()
+        beside = f" ({titles[base.idxmax()]} {base.max():.0%})" if len(base) else ""
+        if network in values:
+            parts.append(f"{values[network]:.0%} {where}{beside}")
+    return f"What {PUBLISHED:.2%} is worth: {titles[network]} reaches {', '.join(parts)}"
+
+
+def worth_figure(rows: pd.DataFrame, leakage: Mapping, network: str, titles: Mapping[str, str], missing: str = "") -> Figure:
+    "The steps of `worth_rows` from top to bottom; `leakage` says what a random split shares; `missing` what this profile did not measure"
+    steps, colours = list(rows["step"].unique()), colours_of([network, *SHOWN], titles)
+    fig = Figure(figsize=(9.5, 2.1 + 0.95 * len(steps)), layout="constrained")
     ax = fig.subplots()
-    ax.axvline(PUBLISHED, color="#8A5F00", lw=1.5, ls="--")
-    ax.text(PUBLISHED, -0.62, f"the paper: {PUBLISHED:.2%} ", ha="right", va="center", fontsize=8.5, color="#8A5F00")
+    places = {network: -0.24, "metadata": 0.0, "thumbnail": 0.24, "paper": 0.0}
+    looks = {network: ("o", titles[network]), "metadata": ("s", SHOWN["metadata"]), "thumbnail": ("^", SHOWN["thumbnail"]), "paper": ("D", "the paper")}
     for row in rows.itertuples():
-        y, (colour, marker) = steps.index(row.step) + (-0.14 if row.what == "network" else 0.14), {"network": ("#0072B2", "o"), "baseline": ("#777777", "s")}[row.what]
+        y, (marker, label), colour = steps.index(row.step) + places[row.name], looks[row.name], colours.get(row.name, "black")
         if not pd.isna(row.low):
             ax.plot([row.low, row.high], [y, y], color=colour, lw=3, solid_capstyle="butt")
-        ax.plot(row.value, y, marker, color=colour, ms=7)
-        ax.text(1.03, y, f"{row.title} {row.value:.0%}" + ("" if pd.isna(row.low) else f" ({row.low:.0%} to {row.high:.0%})"), va="center", fontsize=8.5, color=colour)
-    ax.axvline(0.5, color="#CCCCCC", lw=1)
-    ax.set_yticks(range(len(steps)), [f"{step}\n{r.n} slices, {r.n_groups} groups" for step in steps for r in [rows[rows["step"] == step].iloc[0]]], fontsize=8.5)
-    ax.set(xlim=(0.28, 1.01), ylim=(len(steps) - 0.5, -0.8), xlabel="Balanced accuracy, 95 % interval (grey line: chance)")
+        ax.plot(row.value, y, marker, color=colour, mfc="white" if row.name == "paper" else colour, ms=8, clip_on=False)
+        said = f"{row.value:.2%}, one random split, no interval" if row.name == "paper" else \
+            f"{label.split(',')[0]} {row.value:.0%}" + ("" if pd.isna(row.low) else f" ({row.low:.0%} to {row.high:.0%})")
+        ax.text(1.03, y, said, va="center", fontsize=8.5, color=colour, fontweight="bold" if row.name == network else "normal")
+    ax.axvline(0.5, color="#CCCCCC", lw=1, zorder=0)
+    counts = rows.dropna(subset="n").drop_duplicates("step").set_index("step")
+    ax.set_yticks(range(len(steps)), [s if s not in counts.index else f"{s}\n{counts.at[s, 'n']:.0f} slices, {counts.at[s, 'n_groups']:.0f} groups" for s in steps],
+                  fontsize=8.5)
+    low = min(0.42, rows[["value", "low"]].min(axis=None) - 0.03)
+    ax.set(xlim=(low, 1.01), ylim=(len(steps) - 0.5, -0.6), xlabel="Balanced accuracy, 95 % interval (grey line: chance)")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    fig.suptitle(f"Round: the best network. Square: the best baseline, which sees no lungs.\nIn a random split {leakage['same_pixels']:.1%} of the test files "
-                 "stand pixel for pixel in the training part", fontsize=10, x=0.01, ha="left")
+    fig.suptitle("\n".join(textwrap.wrap(worth_finding(rows, network, titles), 96)), fontsize=11, fontweight="bold", x=0.01, ha="left")
+    shared = (f"In a random split {leakage['same_pixels']:.1%} of the test files stand in the training part pixel for pixel, {leakage['same_group']:.0%} by their "
+              f"patient or a near duplicate ({leakage['splits']} splits).")
+    fig.supxlabel("\n".join(textwrap.wrap(f"{shared} {missing}".strip(), 130)), fontsize=8, color="#555555")
     return fig
 
 # %% ../nbs/08f_paper.ipynb #c010
 BARS = {"accuracy": "accuracy", "precision": "precision", "sensitivity": "recall (sensitivity)", "f1": "F1", "specificity": "specificity"}
 "The metrics that the published study reports, and their names"
 
-_LOOKS = {"published": ("#D55E00", "s", "published protocol"), "grouped": ("#0072B2", "o", "grouped folds"), "holdout": ("#009E73", "^", "hold-out")}
+_LOOKS = {"published": ("s", "published protocol"), "grouped": ("o", "grouped folds"), "holdout": ("^", "hold-out")}
+
+
+def reproduced(result: Mapping, name: str, protocol: str) -> tuple[list[str], list[str]]:
+    "The published metrics of one network that lie in our interval in one protocol, and those that have an interval"
+    s = result["protocols"][protocol][name]
+    known = [m for m in (*BARS, "log_loss") if s[m]["low"] is not None]
+    value = PAPER | {"log_loss": PAPER_LOSS[name]}
+    return [m for m in known if s[m]["low"] <= value[m] <= s[m]["high"]], known
 
 
 def performance_figure(result: Mapping, name: str) -> Figure:
-    "The metrics that the paper reports for one network, in each protocol with its interval, and the published value"
-    fig = Figure(figsize=(6.4, 3.4), layout="constrained")
-    ax = fig.subplots()
+    "The metrics that the paper reports for one network, the loss on a scale of its own, in each protocol with its interval, and the published value"
+    colour = colours_of([name], result["titles"])[name]
+    fig = Figure(figsize=(8.4, 3.9), layout="constrained")
+    shares, losses = fig.subplots(1, 2, width_ratios=(3, 1.2))
     shown = [p for p in _LOOKS if name in result["protocols"].get(p, {})]
+    published = PAPER | {"log_loss": PAPER_LOSS[name]} if name in PAPER_LOSS else {}
     for k, protocol in enumerate(shown):
-        colour, marker, label = _LOOKS[protocol]
-        s = result["protocols"][protocol][name]
-        for i, metric in enumerate(BARS):
-            value, y = s[metric], i + (k - (len(shown) - 1) / 2) * 0.24
-            if value["value"] is None:
-                continue
-            if value["low"] is not None:
-                ax.plot([value["low"], value["high"]], [y, y], color=colour, lw=2, solid_capstyle="butt")
-            ax.plot(value["value"], y, marker, color=colour, ms=6, label=f"{label}, threshold {s['threshold']:.2f}: {s['n']} slices, {s['n_groups']} groups" if not i else None)
-    if name in PAPER_LOSS:
-        ax.plot([PAPER[m] for m in BARS], range(len(BARS)), "D", color="black", mfc="white", ms=7, ls="none", label="reported by the paper")
-    ax.set_yticks(range(len(BARS)), BARS.values())
-    ax.set(xlim=(min(0.45, ax.get_xlim()[0]), 1.02), ylim=(len(BARS) - 0.5, -0.5), xlabel="Value, with its 95 % interval")
-    ax.grid(axis="x", color="#E5E5E5", lw=0.7)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+        (marker, label), s = _LOOKS[protocol], result["protocols"][protocol][name]
+        for ax, metrics_ in ((shares, list(BARS)), (losses, ["log_loss"])):
+            for i, metric in enumerate(metrics_):
+                value, y = s[metric], i + (k - (len(shown) - 1) / 2) * 0.24
+                if value["value"] is None:
+                    continue
+                if value["low"] is not None:
+                    ax.plot([value["low"], value["high"]], [y, y], color=colour, lw=2, solid_capstyle="butt", alpha=0.75)
+                ax.plot(value["value"], y, marker, color=colour, mfc="white" if protocol == "published" else colour, ms=6, clip_on=False,
+                        label=f"{label}, threshold {s['threshold']:.2f}: {s['n']} slices, {s['n_groups']} groups" if ax is shares and not i else None)
+    for ax, metrics_ in ((shares, BARS), (losses, {"log_loss": "loss"})):
+        if published:
+            ax.plot([published[m] for m in metrics_], range(len(metrics_)), "D", color="black", mfc="none", ms=8, ls="none",
+                    label="reported by the paper" if ax is shares else None, clip_on=False, zorder=4)
+        ax.set_yticks(range(len(metrics_)), metrics_.values())
+        ax.set_ylim(len(metrics_) - 0.5, -0.5)
+        ax.grid(axis="x", color="#E5E5E5", lw=0.7)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    shares.set(xlim=(min(0.45, shares.get_xlim()[0]), 1.02), xlabel="Value, with its 95 % interval")
+    losses.set(xlim=(0, losses.get_xlim()[1]), xlabel="Nats")
     fig.legend(loc="outside lower center", frameon=False, fontsize=8)
-    fig.suptitle(f"{result['titles'][name]}, weights: {result['weights'].get(name, 'unknown')}", fontsize=11, fontweight="bold")
+    fig.suptitle("\n".join(textwrap.wrap(_performance_finding(result, name, shown), 88)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
+
+
+def _performance_finding(result: Mapping, name: str, shown: Sequence[str]) -> str:
+    who = f"{result['titles'][name]} (weights: {result['weights'].get(name, 'unknown')})"
+    if name not in PAPER_LOSS:
+        return f"{who}: the paper has no such network"
+    found = {p: reproduced(result, name, p) for p in shown}
+    return f"{who}: of the published values our interval holds " + ", ".join(f"{len(inside)} of {len(known)} in the {_LOOKS[p][1]}" for p, (inside, known) in found.items())
 
 # %% ../nbs/08f_paper.ipynb #c013
 def comparative_figure(result: Mapping, names: Sequence[str]) -> Figure:
     "The paper's metrics, a panel each, of the networks and the best baseline in the headline protocol; the line is the published value"
     protocol, titles = headline(result["protocols"]), result["titles"]
     scores = result["protocols"][protocol]
-    bar = best_baseline(scores)[0]
+    bar, _ = best_baseline(scores)
     rows = [n for n in [*names, bar] if n in scores]
     colours = colours_of(rows, titles)
-    fig = Figure(figsize=(2.2 * len(BARS), 1.2 + 0.4 * len(rows)), layout="constrained")
+    ends = [scores[n][m][end] for n in rows for m in BARS for end in ("low", "value") if scores[n][m][end] is not None]
+    fig = Figure(figsize=(2.3 * len(BARS), 1.7 + 0.42 * len(rows)), layout="constrained")
     for ax, (metric, word) in zip(fig.subplots(1, len(BARS), sharey=True), BARS.items(), strict=True):
         ax.axvline(PAPER[metric], color="#8A5F00", lw=1.5, ls="--", zorder=0)
         for y, name in enumerate(rows):
             value = scores[name][metric]
-            if value["value"] is not None:
-                ax.plot([value["low"] or value["value"], value["high"] or value["value"]], [y, y], color=colours[name], lw=2.2)
-                ax.plot(value["value"], y, "o", color=colours[name])
+            if value["value"] is None:
+                ax.text(0.03, y, "undefined", transform=ax.get_yaxis_transform(), fontsize=7, va="center", color="#555555")
+                continue
+            if value["low"] is not None:
+                ax.plot([value["low"], value["high"]], [y, y], color=colours[name], lw=2.2, solid_capstyle="butt", clip_on=False)
+            ax.plot(value["value"], y, "o", ms=4.5, color=colours[name], clip_on=False)
         ax.set_yticks(range(len(rows)), [titles.get(n, n) for n in rows])
-        ax.set(xlim=(-0.02, 1.04), ylim=(len(rows) - 0.5, -0.5), xlabel=word)
+        ax.set(xlim=(min(0.9, *ends) - 0.04, 1.01), ylim=(len(rows) - 0.5, -0.5), xlabel=f"{word}\npaper {PAPER[metric]:.2%}")
         ax.grid(axis="x", color="#E5E5E5", lw=0.7)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    s = scores[rows[0]]
-    fig.suptitle(f"Networks and the best baseline {WHERE[protocol]}: {s['n']} slices, {s['n_groups']} groups; dashed: the paper", fontsize=10)
+    s, thresholds = scores[rows[0]], {scores[n]["threshold"] for n in rows}
+    threshold = f"{s['threshold']:.2f}" if len(thresholds) == 1 else "of each network's own, chosen on validation slices"
+    fig.supxlabel(f"{WHERE[protocol].capitalize()}: {s['n']} slices, {s['n_groups']} groups, threshold {threshold}; lines: 95 %; dashed: the paper",
+                  fontsize=8, color="#555555")
+    fig.suptitle("\n".join(textwrap.wrap(_comparative_finding(result, [n for n in rows if n in PAPER_LOSS], protocol), 112)), fontsize=10.5, fontweight="bold",
+                 x=0.01, ha="left")
     return fig
+
+
+def _comparative_finding(result: Mapping, names: Sequence[str], protocol: str) -> str:
+    found = {n: {m for m in reproduced(result, n, protocol)[0] if m in BARS} for n in names}
+    none = [BARS[m].split(" (")[0] for m in BARS if not any(m in inside for inside in found.values())]
+    if not names:
+        return "The paper has none of these networks"
+    return (f"No network's interval holds the published {_and(none)} {WHERE[protocol]}" if none else
+            f"Each published value lies in some network's interval {WHERE[protocol]}")
 
 # %% ../nbs/08f_paper.ipynb #c016
 def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
@@ -126,7 +209,7 @@ def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
     protocol, titles, positive = headline(result["protocols"]), result["titles"], result["positive"]
     scores = result["protocols"][protocol]
     colours, part = colours_of(list(scores), titles), predictions[predictions["protocol"] == protocol]
-    fig = Figure(figsize=(6.2, 5.4 + 0.17 * len(scores)), layout="constrained")
+    fig = Figure(figsize=(6.4, 5.6 + 0.17 * len(scores)), layout="constrained")
     ax = fig.subplots()
     for name, s in scores.items():
         table = part[part["network"] == name]
@@ -134,15 +217,29 @@ def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
         y = (table["label"] == positive).to_numpy()
         if 0 < y.sum() < len(y):
             precision, recall, _ = precision_recall_curve(y, table[f"p_{positive}"])
+            found = recall > 0  # nothing is called positive at recall 0, so there is no precision
             style = {"majority": ":", "metadata": "--", "thumbnail": "-."}.get(name, "--" if name == "tuned" else ":" if "/" in name else "-")
-            ax.step(recall, precision, where="post", color=colours[name], ls=style, lw=1.5, label=f"{titles[name]} {said(s['average_precision'])}")
+            ax.plot(recall[found], precision[found], drawstyle="steps-pre", color=colours[name], ls=style, lw=1.5, label=f"{titles[name]} {said(s['average_precision'])}")
     share = s["n_positive"] / s["n"]
     ax.axhline(share, color="#CCCCCC", lw=1)
-    ax.set(xlim=(-0.01, 1.01), ylim=(0, 1.03), xlabel=f"Recall ({positive})", ylabel="Precision")
+    low = min(share, *(min(line.get_ydata()) for line in ax.lines))
+    ax.set(xlim=(-0.01, 1.01), ylim=(max(0, low - 0.05), 1.01), xlabel=f"Recall ({positive})", ylabel="Precision")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(f"{WHERE[protocol].capitalize()}: {s['n_positive']} of {s['n']} slices positive, which chance would give (grey)", fontsize=9, loc="left")
+    ax.set_title(f"{WHERE[protocol].capitalize()}: {s['n_positive']} of {s['n']} slices positive ({share:.0%}, grey: chance), {s['n_groups']} groups",
+                 fontsize=9, loc="left")
     ax.legend(title="average precision (95 % interval over groups)", fontsize=8, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), frameon=False)
+    fig.suptitle("\n".join(textwrap.wrap(_precision_finding(scores, titles, protocol), 62)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
+
+
+def _precision_finding(scores: Mapping[str, Mapping], titles: Mapping[str, str], protocol: str) -> str:
+    known = {n: s["average_precision"] for n, s in scores.items() if s["average_precision"]["value"] is not None}
+    base = max((n for n in known if n in BASELINES), key=lambda n: known[n]["value"], default=None)
+    if base is None:
+        return f"No precision is defined {WHERE[protocol]}"
+    ahead = [titles[n] for n in known if n not in BASELINES and known[n]["low"] is not None and known[n]["low"] > known[base]["value"]]
+    than = f"the best baseline's ({titles[base]}, {known[base]['value']:.2f}) {WHERE[protocol]}"
+    return f"{_and(ahead)}: average precision clearly above {than}" if ahead else f"No network's average precision is clearly above {than}"
 
 # %% ../nbs/08f_paper.ipynb #c019
 def cliques(order: Sequence[str], apart: set[frozenset[str]]) -> list[tuple[str, ...]]:
@@ -153,87 +250,138 @@ def cliques(order: Sequence[str], apart: set[frozenset[str]]) -> list[tuple[str,
 
 
 def difference_figure(result: Mapping, pairs: pd.DataFrame, names: Sequence[str]) -> Figure:
-    "Networks at their AUC; bars join those that the tests (`evidence.differences`) of the headline protocol do not tell apart"
-    protocol = headline(result["protocols"])
+    "Networks at their AUC with its interval, best above; bars at the right join those that the tests of the headline protocol do not tell apart"
+    protocol, titles = headline(result["protocols"]), result["titles"]
     scores, test = result["protocols"][protocol], "corrected t" if protocol == "grouped" else "DeLong"
-    auc = {n: scores[n]["auc"]["value"] for n in names if n in scores and scores[n]["auc"]["value"] is not None}
-    order = sorted(auc, key=lambda n: auc[n])
-    tested = pairs[(pairs["test"] == test) & pairs["p_holm"].notna()]
+    auc = {n: scores[n]["auc"] for n in names if n in scores and scores[n]["auc"]["value"] is not None}
+    order = sorted(auc, key=lambda n: auc[n]["value"], reverse=True)
+    mine = pairs[(pairs["test"] == test) & pairs["a"].isin(order) & pairs["b"].isin(order)]
+    tested = mine[mine["p_holm"].notna()]
     apart = {frozenset((r.a, r.b)) for r in tested[tested["p_holm"] < 0.05].itertuples()}
-    joined = cliques(order, apart)
-    fig = Figure(figsize=(7, 1.3 + 0.3 * len(order) + 0.16 * len(joined)), layout="constrained")
-    ax = fig.subplots()
+    untested = {frozenset(pair) for pair in combinations(order, 2)} - {frozenset((r.a, r.b)) for r in tested.itertuples()}
+    joined = cliques(order, apart | untested)
+    colours = colours_of(order, titles)
+    fig = Figure(figsize=(7.6, 1.9 + 0.42 * len(order)), layout="constrained")
+    ax, side = fig.subplots(1, 2, sharey=True, width_ratios=(7, 0.4 + 0.3 * len(joined)))
+    for y, name in enumerate(order):
+        if auc[name]["low"] is not None:
+            ax.plot([auc[name]["low"], auc[name]["high"]], [y, y], color=colours[name], lw=2.5, solid_capstyle="butt")
+        ax.plot(auc[name]["value"], y, "o", color=colours[name], mfc="white" if is_tuned(name) else colours[name], clip_on=False)
     for k, run in enumerate(joined):
-        ax.plot([auc[run[0]], auc[run[-1]]], [-0.5 - 0.45 * k] * 2, color="#444444", lw=5, solid_capstyle="round")
-    for k, name in enumerate(order):
-        ax.plot([auc[name]] * 2, [0, k + 1], color="#999999", lw=1)
-        ax.plot(auc[name], 0, "o", color="#0072B2")
-        ax.text(auc[name], k + 1, f" {result['titles'][name]} {auc[name]:.3f}", va="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5})
-    ends = (min(auc.values()), max(auc.values()))
-    room = max(0.02, (ends[1] - ends[0]) * 0.6)
-    ax.set(xlim=(ends[0] - room / 4, ends[1] + room), ylim=(-0.8 - 0.45 * len(joined), len(order) + 1), yticks=[], xlabel=f"AUC {WHERE[protocol]}")
-    ax.axhline(0, color="black", lw=1)
+        side.plot([k, k], [order.index(run[0]) - 0.2, order.index(run[-1]) + 0.2], color="#444444", lw=5, solid_capstyle="round")
+    side.set_xlim(-0.8, max(0.8, len(joined) - 0.2))
+    side.axis("off")
+    ax.set_yticks(range(len(order)), [f"{titles[n]} {said(auc[n], '.3f')}" for n in order])
+    ax.set(ylim=(len(order) - 0.5, -0.5), xlabel=f"AUC {WHERE[protocol]}, 95 % by bootstrap over groups")
+    ax.grid(axis="x", color="#E5E5E5", lw=0.7)
+    ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    what = "no pair differs" if not apart else f"{len(apart)} of {len(tested)} pairs differ"
-    ax.set_title(f"{test}, Holm's correction, 5 %: {what}. A bar joins networks that are not told apart", fontsize=9, loc="left")
+    ax.tick_params(axis="y", length=0)
+    n = f"{scores[order[0]]['n']} slices, {scores[order[0]]['n_groups']} groups" if order else "no AUC is defined"
+    fig.supxlabel(f"{n}; {test}, Holm's correction over {len(tested)} pairs; a bar at the right joins networks that are not told apart", fontsize=8, color="#555555")
+    what = ("no network could be tested against another" if not len(tested) else "no network is better than another" if not apart else
+            f"{len(apart)} of {len(tested)} pairs of networks differ")
+    more = f"; {len(untested)} pairs could not be tested" if untested and len(tested) else ""
+    fig.suptitle(f"AUC {WHERE[protocol]}: {what}{more}", fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
 
 # %% ../nbs/08f_paper.ipynb #c023
 def example_figure(predictions: pd.DataFrame, names: Sequence[str], titles: Mapping[str, str], slices: Path, classes: Sequence[str],
                    positive: str, thresholds: Mapping[str, float]) -> Figure:
-    "For each network and class the hold-out slice of median probability of `positive`, with probability, decision and truth"
-    fig = Figure(figsize=(2.4 * len(names), 2.75 * len(classes)), layout="constrained")
+    "For each network and class the hold-out slice of median probability of `positive`, with probability, decision and truth; a class without slices says so"
+    fig = Figure(figsize=(2.5 * len(names), 2.75 * len(classes) + 0.8), layout="constrained")
+    right, shown, n = 0, 0, 0
     for column, name in zip(fig.subplots(len(classes), len(names), squeeze=False).T, names, strict=True):
         of = predictions[(predictions["protocol"] == "holdout") & (predictions["network"] == name)]
+        n = len(of)
         for ax, label in zip(column, classes, strict=True):
             part = of[of["label"] == label].sort_values([f"p_{positive}", "image_id"])
+            ax.set(xticks=[], yticks=[])
+            if name == names[0]:
+                ax.set_ylabel(f"{label}\n({len(part)} slices)")
+            if not len(part):
+                ax.set_title(f"{titles[name]}: no slice", fontsize=9)
+                continue
             row = part.iloc[(len(part) - 1) // 2]
             p = row[f"p_{positive}"]
-            right = (p >= thresholds[name]) == (label == positive)
+            is_right = (p >= thresholds[name]) == (label == positive)
+            right, shown = right + is_right, shown + 1
             with Image.open(slices / f"{row['image_id']}.png") as picture:
                 ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(f"{titles[name]}: {p:.2f} {'≥' if p >= thresholds[name] else '<'} {thresholds[name]:.2f}\n{'right' if right else 'WRONG'}",
-                         fontsize=9, color="#0072B2" if right else "#D55E00")
-            if name == names[0]:
-                ax.set_ylabel(label)
-    fig.suptitle(f"Probability of {positive} for the median slice of each class", fontsize=10)
+            ax.set_title(f"{titles[name]}: {p:.2f} {'≥' if p >= thresholds[name] else '<'} {thresholds[name]:.2f}\n{'right' if is_right else 'WRONG'}",
+                         fontsize=9, color="#0072B2" if is_right else "#D55E00")
+    fig.supxlabel(f"Probability of {positive} against the network's threshold, for the slice of median probability among {n} hold-out slices", fontsize=8, color="#555555")
+    fig.suptitle("\n".join(textwrap.wrap(f"The median slice of a class is answered rightly in {right} of {shown} cases", int(26 * len(names)))), fontsize=10.5,
+                 fontweight="bold", x=0.01, ha="left")
     return fig
 
 # %% ../nbs/08f_paper.ipynb #c026
 SCENARIOS = {
-    "high-accuracy hospital": ("auc_low", False, "lower end of the AUC"),
-    "AI-assisted radiology in the cloud": ("slices_per_second", False, "slices a second"),
-    "mid-range hospital": ("peak_mb", True, "peak memory, MB"),
-    "research and large data": ("training_seconds", True, "seconds of training"),
+    "high-accuracy hospital": ("auc_low", False, "lower end of the AUC's interval"),
+    "AI-assisted radiology in the cloud": ("slices_per_second", False, "slices a second in batches"),
+    "mid-range hospital": ("latency_ms", True, "median latency of one slice, ms"),
+    "research and large data": ("flops", True, "operations for one slice"),
     "telemedicine": ("file_mb", True, "size of the model file, MB"),
-    "mobile app": ("flops", True, "operations for one slice"),
+    "mobile app": ("peak_mb", True, "peak memory of inference, MB"),
     "embedded real time": ("latency_p99_ms", True, "99th percentile of latency, ms"),
 }
 "Scenario → the column that decides, whether less is better, and what it is called"
+NEAR = 0.1
+"Measures that differ by less than this share count as equal, and the higher balanced accuracy decides"
+RULE = ("A network is eligible when the lower end of its AUC's interval lies above the best baseline's AUC, no other network is better after Holm's correction, the "
+        "controls show no shortcut, and, where another hospital's slices were tested, the lower end of its AUC there lies above one half. Of the eligible "
+        f"the scenario's measure decides; of those within {NEAR:.0%} of the best measure, the balanced accuracy at 0.5. No eligible network: none is recommended.")
+"What `recommend` does, in words"
 
 
-def recommend(result: Mapping, cost: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each of SCENARIOS: scenario, measure, network (title, or "none"), value, auc, low, high, n, n_groups, paper (what its losses choose), says.
-
-    `cost` has a row for each network (name, and the columns of `cost.measure_alone`)."""
+def objections(result: Mapping, cost: pd.DataFrame, pairs: pd.DataFrame, shortcut: Mapping[str, bool | None], external: pd.DataFrame | None) -> dict[str, list[str]]:
+    "Network → why it is not eligible by RULE, nothing for one that is; of the networks that the headline protocol scores"
     protocol, titles = headline(result["protocols"]), result["titles"]
     scores = result["protocols"][protocol]
+    names = [n for n in scores if n not in BASELINES]
     test = "corrected t" if protocol == "grouped" else "DeLong"
     shown = pairs[(pairs["test"] == test) & (pairs["p_holm"] < 0.05)]
-    worse = {row.b if row.difference > 0 else row.a for row in shown.itertuples() if {row.a, row.b} <= set(cost["name"])}
-    table = cost[cost["name"].isin([n for n in winners(scores) if n not in worse])].copy()
+    better = {(row.b, row.a) if row.difference > 0 else (row.a, row.b) for row in shown.itertuples()}
+    abroad = {} if external is None else external[external["metric"] == "auc"].set_index("name")["low"].to_dict()
+    base, bar = best_baseline(scores)
+    found = {}
+    for name in names:
+        beaten = [titles[b] for a, b in better if a == name and b in names]
+        found[name] = [why for why, holds in {
+            f"does not clearly beat the best baseline ({titles.get(base, base)}, AUC {bar:.2f})": name not in winners(scores),
+            f"{_and(beaten) if beaten else ''} is better": bool(beaten),
+            "uses a shortcut: it tells the classes apart with the lungs blacked out": shortcut.get(name) is True,
+            "was not put through the controls": name not in shortcut,
+            "is not shown to be better than chance at another hospital": name in abroad and not abroad[name] > 0.5,
+            "has no measured cost": name not in set(cost["name"]),
+        }.items() if holds]
+    return found
+
+
+def recommend(result: Mapping, cost: pd.DataFrame, pairs: pd.DataFrame, shortcut: Mapping[str, bool | None],
+              external: pd.DataFrame | None = None) -> pd.DataFrame:
+    """A row for each of SCENARIOS, by RULE: scenario, measure, network (title, or "none"), weights, value, accuracy (balanced, at 0.5), auc, low, high, n,
+    n_groups, paper (what its losses choose: its accuracies are equal, and its own table is not at hand), agrees, says.
+
+    `cost` has a row for each network (name, and the columns of `cost.measure_alone`), `shortcut` is that of `controls.shortcuts`."""
+    protocol, titles = headline(result["protocols"]), result["titles"]
+    scores, against = result["protocols"][protocol], objections(result, cost, pairs, shortcut, external)
+    table = cost[cost["name"].isin([n for n, why in against.items() if not why])].copy()
     table["auc_low"] = [scores[n]["auc"]["low"] for n in table["name"]]
+    table["accuracy"] = [at_half(scores[n], "balanced_accuracy")["value"] for n in table["name"]]
     paper = min((n for n in PAPER_LOSS if n in titles), key=PAPER_LOSS.get, default=None)
     rows = []
     for scenario, (measure, less, word) in SCENARIOS.items():
         row = {"scenario": scenario, "measure": word, "network": "none", "paper": titles.get(paper, "none")}
         if len(table):
-            best = table.sort_values([measure, "name"], ascending=[less, True]).iloc[0]
-            s = scores[best["name"]]
-            row |= {"network": titles[best["name"]], "weights": result["weights"][best["name"]], "value": best[measure], "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"],
-                    "n": s["n"], "n_groups": s["n_groups"]}
-        row["says"] = ("no network clearly beats the best baseline, so none is recommended" if not len(table) else
-                       "as the published losses" if row["network"] == row["paper"] else f"not as the published losses, which choose {row['paper']}")
+            best = table[measure].min() if less else table[measure].max()
+            near = table[(table[measure] - best).abs() <= NEAR * abs(best)] if measure != "auc_low" else table[table[measure] == best]
+            chosen = near.sort_values(["accuracy", measure, "name"], ascending=[False, less, True]).iloc[0]
+            s = scores[chosen["name"]]
+            row |= {"network": titles[chosen["name"]], "weights": result["weights"][chosen["name"]], "value": chosen[measure], "accuracy": chosen["accuracy"],
+                    "auc": s["auc"]["value"], "low": s["auc"]["low"], "high": s["auc"]["high"], "n": s["n"], "n_groups": s["n_groups"]}
+        row["agrees"] = row["network"] == row["paper"]
+        row["says"] = ("no network is eligible, so none is recommended; the published losses would choose " + row["paper"] if not len(table) else
+                       "agrees with the published losses" if row["agrees"] else f"disagrees with the published losses, which choose {row['paper']}")
         rows.append(row)
     return pd.DataFrame(rows)

@@ -13,22 +13,23 @@ from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef
 from deeptumornet import evidence
 from deeptumornet.study import StudyError
 
-
-# Albumin, total protein and K-G score of 43 women with ovarian cancer, and whether surgery helped: DeLong, DeLong, Clarke-Pearson, Biometrics 44
-# (1988) 837, as printed in SAS/STAT's User's Guide, the LOGISTIC procedure, example "Comparing Receiver Operating Characteristic Curves".
+# Albumin, total protein and K-G score of 43 women with ovarian cancer, and whether surgery helped: DeLong, DeLong, Clarke-Pearson,
+# Biometrics 44 (1988) 837, as printed in SAS/STAT's User's Guide, LOGISTIC, example "Comparing Receiver Operating Characteristic Curves".
 OVARIAN = np.array("""
-3.0 5.8 10 0 3.2 6.3 5 1 3.9 6.8 3 1 2.8 4.8 6 0 3.2 5.8 3 1 0.9 4.0 5 0 2.5 5.7 8 0 1.6 5.6 5 1 3.8 5.7 5 1 3.7 6.7 6 1 3.2 5.4 4 1 3.8 6.6 6 1
-4.1 6.6 5 1 3.6 5.7 5 1 4.3 7.0 4 1 3.6 6.7 4 0 2.3 4.4 6 1 4.2 7.6 4 0 4.0 6.6 6 0 3.5 5.8 6 1 3.8 6.8 7 1 3.0 4.7 8 0 4.5 7.4 5 1 3.7 7.4 5 1
-3.1 6.6 6 1 4.1 8.2 6 1 4.3 7.0 5 1 4.3 6.5 4 1 3.2 5.1 5 1 2.6 4.7 6 1 3.3 6.8 6 0 1.7 4.0 7 0 3.7 6.1 5 1 3.3 6.3 7 1 4.2 7.7 6 1 3.5 6.2 5 1
-2.9 5.7 9 0 2.1 4.8 7 1 2.8 6.2 8 0 4.0 7.0 7 1 3.3 5.7 6 1 3.7 6.9 5 1 3.6 6.6 5 1""".split(), float).reshape(-1, 4)
+3.0 5.8 10 0 3.2 6.3 5 1 3.9 6.8 3 1 2.8 4.8 6 0 3.2 5.8 3 1 0.9 4.0 5 0 2.5 5.7 8 0 1.6 5.6 5 1 3.8 5.7 5 1 3.7 6.7 6 1 3.2 5.4 4 1 3.8
+6.6 6 1 4.1 6.6 5 1 3.6 5.7 5 1 4.3 7.0 4 1 3.6 6.7 4 0 2.3 4.4 6 1 4.2 7.6 4 0 4.0 6.6 6 0 3.5 5.8 6 1 3.8 6.8 7 1 3.0 4.7 8 0 4.5 7.4
+5 1 3.7 7.4 5 1 3.1 6.6 6 1 4.1 8.2 6 1 4.3 7.0 5 1 4.3 6.5 4 1 3.2 5.1 5 1 2.6 4.7 6 1 3.3 6.8 6 0 1.7 4.0 7 0 3.7 6.1 5 1 3.3 6.3 7 1
+4.2 7.7 6 1 3.5 6.2 5 1 2.9 5.7 9 0 2.1 4.8 7 1 2.8 6.2 8 0 4.0 7.0 7 1 3.3 5.7 6 1 3.7 6.9 5 1 3.6 6.6 5 1
+""".split(), float).reshape(-1, 4)
 
 # The first sixty of R's rnorm after set.seed(123), from which the vignette of the R package correctR (Henderson, 2022) makes its example.
 RNORM = np.array("""
--0.56047565 -0.23017749 1.55870831 0.07050839 0.12928774 1.71506499 0.46091621 -1.26506123 -0.68685285 -0.44566197 1.22408180 0.35981383 0.40077145
-0.11068272 -0.55584113 1.78691314 0.49785048 -1.96661716 0.70135590 -0.47279141 -1.06782371 -0.21797491 -1.02600445 -0.72889123 -0.62503927
--1.68669331 0.83778704 0.15337312 -1.13813694 1.25381492 0.42646422 -0.29507148 0.89512566 0.87813349 0.82158108 0.68864025 0.55391765 -0.06191171
--0.30596266 -0.38047100 -0.69470698 -0.20791728 -1.26539635 2.16895597 1.20796200 -1.12310858 -0.40288484 -0.46665535 0.77996512 -0.08336907
-0.25331851 -0.02854676 -0.04287046 1.36860228 -0.22577099 1.51647060 -1.54875280 0.58461375 0.12385424 0.21594157""".split(), float)
+-0.56047565 -0.23017749 1.55870831 0.07050839 0.12928774 1.71506499 0.46091621 -1.26506123 -0.68685285 -0.44566197 1.22408180 0.35981383
+0.40077145 0.11068272 -0.55584113 1.78691314 0.49785048 -1.96661716 0.70135590 -0.47279141 -1.06782371 -0.21797491 -1.02600445
+-0.72889123 -0.62503927 -1.68669331 0.83778704 0.15337312 -1.13813694 1.25381492 0.42646422 -0.29507148 0.89512566 0.87813349 0.82158108
+0.68864025 0.55391765 -0.06191171 -0.30596266 -0.38047100 -0.69470698 -0.20791728 -1.26539635 2.16895597 1.20796200 -1.12310858
+-0.40288484 -0.46665535 0.77996512 -0.08336907 0.25331851 -0.02854676 -0.04287046 1.36860228 -0.22577099 1.51647060 -1.54875280
+0.58461375 0.12385424 0.21594157""".split(), float)
 
 
 def test_delong_on_the_data_of_the_paper_gives_the_published_contrast():
@@ -158,7 +159,8 @@ FOUR = ["normal", "adenocarcinoma", "large cell", "squamous"]
 def test_four_classes_have_every_metric_beside_the_baselines_and_say_what_is_undefined():
     rng = np.random.default_rng(5)
     p = rng.dirichlet(np.ones(4), 200)
-    table = pd.DataFrame(p, columns=[f"p_{c}" for c in FOUR]).assign(label=[FOUR[rng.choice(4, p=row)] for row in p], group=np.arange(200) // 2)
+    label = [FOUR[rng.choice(4, p=row)] for row in p]
+    table = pd.DataFrame(p, columns=[f"p_{c}" for c in FOUR]).assign(label=label, group=np.arange(200) // 2)
     got = evidence.per_class(table, FOUR, 100, 0).set_index("class")
     assert list(got.index) == [*FOUR, "macro", "cancer against normal"]
     for m in evidence.metrics.METRICS:
@@ -172,7 +174,7 @@ def test_four_classes_have_every_metric_beside_the_baselines_and_say_what_is_und
     assert got.at["cancer against normal", "mcc"] == pytest.approx(matthews_corrcoef(table["label"] != "normal", top != "normal"))
     lone = evidence.per_class(table[table["label"] != "squamous"], FOUR, 20, 0).set_index("class")
     assert "sensitivity: the positive class has no slices" in lone.at["squamous", "why"]
-    assert np.isnan(lone.at["macro", "auc"]) and lone.at["macro", "why"].endswith("undefined for a class") and "auc" in lone.at["macro", "why"]
+    assert np.isnan(lone.at["macro", "auc"]) and lone.at["macro", "why"].endswith("undefined for a class")
 
 
 def test_constant_output_is_told_by_every_part_of_the_evidence():

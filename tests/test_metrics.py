@@ -77,7 +77,8 @@ def test_auc_is_mirrored_by_reversed_scores(case):
     assert metrics.weighted_auc(1 - y, p, w)[0] == pytest.approx(1 - metrics.weighted_auc(y, p, w)[0])
 
 
-@pytest.mark.parametrize("k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+@pytest.mark.parametrize("k, n, low, high", [
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_wilson_gives_newcombes_table(k, n, low, high):
     "R. Newcombe, Two-sided confidence intervals for the single proportion, Statistics in Medicine 17 (1998) 857, table I, method 3"
     assert metrics.wilson(k, n) == pytest.approx((low, high), abs=5e-5)

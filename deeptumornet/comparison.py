@@ -476,7 +476,7 @@ def finding(result: Mapping) -> str:
 
 # %% ../nbs/08_comparison.ipynb #c043
 def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width))
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False))
 
 
 def number_figure(result: Mapping) -> Figure:

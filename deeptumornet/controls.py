@@ -5,7 +5,6 @@
 # %% ../nbs/08e_controls.ipynb #c002
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -26,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from . import metrics
 from .collection import catalogue
-from .comparison import BASELINES, colours_of, p_columns
+from .comparison import BASELINES, _wrapped, colours_of, p_columns
 from .features import BATCH, cut, forward
 from .groups import random_split
 from .lungs import Field, find_lungs, see
@@ -247,7 +246,7 @@ def control_figure(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     s = table.iloc[0]
     hollow = "; hollow: nothing is left to see, one half by construction" if (table["why"] == VACUOUS).any() else ""
     fig.supxlabel(f"{s['n']} slices, {s['n_groups']} groups; lines: 95 % by bootstrap over groups; dashed: chance{hollow}", fontsize=8, color="#555555")
-    fig.suptitle("\n".join(textwrap.wrap(_control_finding(table, titles), int(max(6.5, 3.1 * len(names)) * 10.5))), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+    fig.suptitle(_wrapped(_control_finding(table, titles), int(max(6.5, 3.1 * len(names)) * 10.5)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
 
 

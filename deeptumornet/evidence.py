@@ -5,7 +5,6 @@
 # %% ../nbs/08c_evidence.ipynb #c002
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -21,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.tools.sm_exceptions import PerfectSeparationError
 
 from . import metrics
-from .comparison import colours_of, p_columns
+from .comparison import _wrapped, colours_of, p_columns
 from .study import StudyError
 
 # %% auto #0
@@ -255,7 +254,7 @@ def reliability_figure(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, 
     first = rows.iloc[0]
     fig.supxlabel(f"Probability given, after temperature scaling (hold-out: {first['n']} slices, {first['n_groups']} groups; bars: 95 % by Wilson over groups)", fontsize=8.5)
     fig.supylabel("Share that is positive", fontsize=10)
-    fig.suptitle("\n".join(textwrap.wrap(calibration_finding(found[found["name"].isin(list(tables))], titles), 40 * columns)), fontsize=10, fontweight="bold",
+    fig.suptitle(_wrapped(calibration_finding(found[found["name"].isin(list(tables))], titles), 40 * columns), fontsize=10, fontweight="bold",
                  x=0.01, ha="left")
     return fig
 

@@ -5,7 +5,6 @@
 # %% ../nbs/08f_paper.ipynb #c002
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,20 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import precision_recall_curve
 
-from . import metrics
-from deeptumornet.comparison import (
-    BASELINES,
-    PUBLISHED,
-    WHERE,
-    _and,
-    _slice_key,
-    at_half,
-    best_baseline,
-    colours_of,
-    headline,
-    is_tuned,
-    winners,
-)
+from . import comparison, metrics
+from .comparison import BASELINES, WHERE, _and, _wrapped, at_half, best_baseline, colours_of, headline, is_tuned, winners
 from .evidence import PAPER, PAPER_LOSS
 from .metrics import said
 
@@ -49,7 +36,7 @@ def worth_rows(result: Mapping, network: str, external: pd.DataFrame | None) -> 
     """step, name, value, low, high, n, n_groups: balanced accuracy at 0.5 of `network` and of the baselines SHOWN at each step, the same at every one.
 
     Before the first stands what the paper reports (name "paper"): an accuracy, for it reports no other."""
-    rows = [{"step": "the paper reports\n(accuracy)", "name": "paper", "value": PUBLISHED, "low": None, "high": None, "n": None, "n_groups": None}]
+    rows = [{"step": "the paper reports\n(accuracy)", "name": "paper", "value": PAPER["accuracy"], "low": None, "high": None, "n": None, "n_groups": None}]
     for protocol, step in STEPS.items():
         if protocol == "holdout" and "grouped" in result["protocols"]:  # one small split says less than repeated folds
             continue
@@ -73,7 +60,7 @@ def worth_finding(rows: pd.DataFrame, network: str, titles: Mapping[str, str]) -
         beside = f" ({titles[base.idxmax()]} {base.max():.0%})" if len(base) else ""
         if network in values:
             parts.append(f"{values[network]:.0%} {where}{beside}")
-    return f"What {PUBLISHED:.2%} is worth: {titles[network]} reaches {', '.join(parts)}"
+    return f"What {PAPER['accuracy']:.2%} is worth: {titles[network]} reaches {', '.join(parts)}"
 
 
 def worth_figure(rows: pd.DataFrame, leakage: Mapping, network: str, titles: Mapping[str, str], missing: str = "") -> Figure:
@@ -99,10 +86,10 @@ def worth_figure(rows: pd.DataFrame, leakage: Mapping, network: str, titles: Map
     ax.set(xlim=(low, 1.01), ylim=(len(steps) - 0.5, -0.6), xlabel="Balanced accuracy, 95 % interval (grey line: chance)")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    fig.suptitle("\n".join(textwrap.wrap(worth_finding(rows, network, titles), 96)), fontsize=11, fontweight="bold", x=0.01, ha="left")
+    fig.suptitle(_wrapped(worth_finding(rows, network, titles), 96), fontsize=11, fontweight="bold", x=0.01, ha="left")
     shared = (f"In a random split {leakage['same_pixels']:.1%} of the test files stand in the training part pixel for pixel, {leakage['same_group']:.0%} by their "
               f"patient or a near duplicate ({leakage['splits']} splits).")
-    fig.supxlabel("\n".join(textwrap.wrap(f"{shared} {missing}".strip(), 130)), fontsize=8, color="#555555")
+    fig.supxlabel(_wrapped(f"{shared} {missing}".strip(), 130), fontsize=8, color="#555555")
     return fig
 
 # %% ../nbs/08f_paper.ipynb #c010
@@ -150,7 +137,7 @@ def performance_figure(result: Mapping, name: str) -> Figure:
     shares.set(xlim=(min(0.45, shares.get_xlim()[0]), 1.02), xlabel="Value, with its 95 % interval")
     losses.set(xlim=(0, losses.get_xlim()[1]), xlabel="Nats")
     fig.legend(loc="outside lower center", frameon=False, fontsize=8)
-    fig.suptitle("\n".join(textwrap.wrap(_performance_finding(result, name, shown), 88)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+    fig.suptitle(_wrapped(_performance_finding(result, name, shown), 88), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
 
 
@@ -179,10 +166,10 @@ def comparative_figure(result: Mapping, names: Sequence[str]) -> Figure:
                 ax.text(0.03, y, "undefined", transform=ax.get_yaxis_transform(), fontsize=7, va="center", color="#555555")
                 continue
             if value["low"] is not None:
-                ax.plot([value["low"], value["high"]], [y, y], color=colours[name], lw=2.2, solid_capstyle="butt", clip_on=False)
-            ax.plot(value["value"], y, "o", ms=4.5, color=colours[name], clip_on=False)
+                ax.plot([value["low"], value["high"]], [y, y], color=colours[name], lw=6, alpha=0.4, solid_capstyle="butt", clip_on=False)
+            ax.plot(value["value"], y, "|", ms=11, mew=2, color=colours[name], clip_on=False)
         ax.set_yticks(range(len(rows)), [titles.get(n, n) for n in rows])
-        ax.set(xlim=(min(0.9, *ends) - 0.04, 1.01), ylim=(len(rows) - 0.5, -0.5), xlabel=f"{word}\npaper {PAPER[metric]:.2%}")
+        ax.set(xlim=(min(0.9, *ends) - 0.04, 1.03), ylim=(len(rows) - 0.5, -0.5), xlabel=f"{word}\npaper {PAPER[metric]:.2%}")
         ax.grid(axis="x", color="#E5E5E5", lw=0.7)
         ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
@@ -190,7 +177,7 @@ def comparative_figure(result: Mapping, names: Sequence[str]) -> Figure:
     threshold = f"{s['threshold']:.2f}" if len(thresholds) == 1 else "of each network's own, chosen on validation slices"
     fig.supxlabel(f"{WHERE[protocol].capitalize()}: {s['n']} slices, {s['n_groups']} groups, threshold {threshold}; lines: 95 %; dashed: the paper",
                   fontsize=8, color="#555555")
-    fig.suptitle("\n".join(textwrap.wrap(_comparative_finding(result, [n for n in rows if n in PAPER_LOSS], protocol), 112)), fontsize=10.5, fontweight="bold",
+    fig.suptitle(_wrapped(_comparative_finding(result, [n for n in rows if n in PAPER_LOSS], protocol), 112), fontsize=10.5, fontweight="bold",
                  x=0.01, ha="left")
     return fig
 
@@ -213,7 +200,7 @@ def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
     ax = fig.subplots()
     for name, s in scores.items():
         table = part[part["network"] == name]
-        table = metrics.pool_repeats(table, _slice_key(table))
+        table = metrics.pool_repeats(table, comparison._slice_key(table))
         y = (table["label"] == positive).to_numpy()
         if 0 < y.sum() < len(y):
             precision, recall, _ = precision_recall_curve(y, table[f"p_{positive}"])
@@ -228,7 +215,7 @@ def pr_figure(result: Mapping, predictions: pd.DataFrame) -> Figure:
     ax.set_title(f"{WHERE[protocol].capitalize()}: {s['n_positive']} of {s['n']} slices positive ({share:.0%}, grey: chance), {s['n_groups']} groups",
                  fontsize=9, loc="left")
     ax.legend(title="average precision (95 % interval over groups)", fontsize=8, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), frameon=False)
-    fig.suptitle("\n".join(textwrap.wrap(_precision_finding(scores, titles, protocol), 62)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+    fig.suptitle(_wrapped(_precision_finding(scores, titles, protocol), 62), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     return fig
 
 
@@ -311,7 +298,7 @@ def example_figure(predictions: pd.DataFrame, names: Sequence[str], titles: Mapp
             ax.set_title(f"{titles[name]}: {p:.2f} {'≥' if p >= thresholds[name] else '<'} {thresholds[name]:.2f}\n{'right' if is_right else 'WRONG'}",
                          fontsize=9, color="#0072B2" if is_right else "#D55E00")
     fig.supxlabel(f"Probability of {positive} against the network's threshold, for the slice of median probability among {n} hold-out slices", fontsize=8, color="#555555")
-    fig.suptitle("\n".join(textwrap.wrap(f"The median slice of a class is answered rightly in {right} of {shown} cases", int(26 * len(names)))), fontsize=10.5,
+    fig.suptitle(_wrapped(f"The median slice of a class is answered rightly in {right} of {shown} cases", int(26 * len(names))), fontsize=10.5,
                  fontweight="bold", x=0.01, ha="left")
     return fig
 

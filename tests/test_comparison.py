@@ -1,5 +1,9 @@
 "The comparison on a made-up study: thirty groups, two networks of known skill, a shortcut in the file format"
 
+import dataclasses
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +236,24 @@ def test_a_model_that_does_not_belong_is_refused(tmp_path, change, part):
     (folder / "card.json").unlink()
     with pytest.raises(StudyError, match="card.json is missing"):
         c.read_card(folder, CLASSES, data)
+
+
+@pytest.mark.parametrize("fault, sentence", [
+    (lambda file: file.unlink(), "predictions.csv is missing: notebook 06_nasnetmobile makes it"),
+    (lambda file: write_csv(file, pd.read_csv(file).assign(p_normal=np.nan)), "have a probability that is no number"),
+])
+def test_the_stage_ends_in_a_sentence_for_a_missing_file_and_for_nan(tmp_path, fault, sentence):
+    root = Path(c.__file__).parents[1]
+    shutil.copy(root / "params.yaml", tmp_path)
+    (tmp_path / "nbs").symlink_to(root / "nbs")
+    study = dataclasses.replace(make_study(tmp_path), profile="demo")
+    for name in ("resnet50", "inceptionv3", "nasnetmobile"):
+        train(study, name)
+    fault(study.candidate("nasnetmobile") / "predictions.csv")
+    done = subprocess.run([Path(sys.executable).with_name("deeptumornet"), "run", "08_comparison", "--profile", "demo"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert not (study.reports / "comparison").exists()
 
 
 # Choice

@@ -271,8 +271,8 @@ def calibration_finding(found: pd.DataFrame, titles: Mapping[str, str]) -> str:
     parts = [f"{', '.join(titles[n] for n in part['name'])} {'is' if len(part) == 1 else 'are'} too {word}" for part, word in ((sure, "sure"), (unsure, "unsure")) if len(part)]
     if not len(known):
         return "No slope can be fitted: every network's probabilities separate the hold-out's classes or are constant"
-    said = "; ".join(parts) or f"No network is shown to be too sure or too unsure ({len(known)} of {len(found)} slopes could be fitted)"
-    return f"{said}: on the dashed line the probabilities are true"
+    told = "; ".join(parts) or f"No network is shown to be too sure or too unsure ({len(known)} of {len(found)} slopes could be fitted)"
+    return f"{told}: on the dashed line the probabilities are true"
 
 
 def calibrated(predictions: pd.DataFrame, chosen: Mapping[str, Mapping], classes: Sequence[str]) -> pd.DataFrame:

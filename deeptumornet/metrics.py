@@ -215,7 +215,7 @@ def summarise(labels01: Sequence[int], p: Sequence[float], groups: Sequence, thr
             n, n_groups, size = int(at.sum()), len(np.unique(member[at])), effective_size(right[at], member[at])
             low, high = wilson(value * size, size)
             worth = f"{n} slices" if n_groups == n else f"{n} slices in {n_groups} group{'s' * (n_groups > 1)}, worth {size:.1f} independent ones"
-            return {"value": value, "low": low, "high": high, "interval": f"Wilson, {worth}"}
+            return {"value": value, "low": low, "high": high, "interval": f"Wilson over {worth}"}
         if not len(values):
             why = "no draw defines it" if draws else "no draws were asked for"
             return {"value": value, "low": None, "high": None, "why": why}

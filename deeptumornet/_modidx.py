@@ -495,6 +495,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'deeptumornet.serving._InMemory._get_file_stream': ( 'serving.html#_inmemory._get_file_stream',
                                                                                            'deeptumornet/serving.py'),
                                       'deeptumornet.serving._content': ('serving.html#_content', 'deeptumornet/serving.py'),
+                                      'deeptumornet.serving._look': ('serving.html#_look', 'deeptumornet/serving.py'),
                                       'deeptumornet.serving._too_many': ('serving.html#_too_many', 'deeptumornet/serving.py'),
                                       'deeptumornet.serving.answer': ('serving.html#answer', 'deeptumornet/serving.py'),
                                       'deeptumornet.serving.answered': ('serving.html#answered', 'deeptumornet/serving.py'),

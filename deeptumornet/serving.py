@@ -19,6 +19,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -165,7 +166,14 @@ def data_url(picture: Image.Image) -> str:
 PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
-_AT_WORK = threading.Semaphore(2)  # one slice is read while another is in the engine; more would share the same cores, and each would end later
+_AT_WORK = ThreadPoolExecutor(2)  # one slice is read while another is in the engine; more would share the same cores, and each would end later
+
+
+def _look(engine: Engine, data: bytes | np.ndarray) -> tuple:
+    # in threads of their own, for each thread that ever decodes a slice keeps memory for the next
+    found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
+    prepared, place = engine.prepare(found.pixels)
+    return found, prepared, place, engine.predict(prepared[None]), cautions(engine.card, found, prepared)
 
 
 def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
@@ -174,17 +182,14 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    with _AT_WORK:
-        found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
-        prepared, place = engine.prepare(found.pixels)
-        probabilities, heat, features = engine.predict(prepared[None])
+    found, prepared, place, (probabilities, heat, features), warned = _AT_WORK.submit(_look, engine, data).result()
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {
         "class": max(p, key=p.get), "decision": "positive" if positive >= threshold else "negative",
         "positive": card["positive"], "probability": positive, "probabilities": p, "threshold": threshold,
         "model": {**{k: card[k] for k in ("name", "version", "network", "precision") if k in card}, "sha256": card["files"][card["engine"]]},
-        "warnings": cautions(card, found, prepared),
+        "warnings": warned,
     }
     if log:
         content["id"] = log.record(card["version"], found.image_id, p, prepared, features[0])

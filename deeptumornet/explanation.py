@@ -52,13 +52,13 @@ def _scaled(heat: np.ndarray) -> np.ndarray:
     return np.where(np.ptp(heat, axis=(1, 2), keepdims=True) > 1e-6 * most, heat / np.maximum(most, 1e-30), 0)
 
 
-def grad_cam(model: keras.Model, slices: np.ndarray, positive: int) -> np.ndarray:
+def grad_cam(model: keras.Model, slices: np.ndarray, positive: int, at: str | None = None) -> np.ndarray:
     """Heat maps (float32, n × rows × columns, 0..1 each) of prepared `slices` (n × size × size, 0..255) for the class number `positive`: the maps at
-    `maps_layer` weighted by the gradient of its log odds, negative parts cut off. 0 everywhere where that is constant."""
+    the layer `at` (default `maps_layer`) weighted by the gradient of its log odds, negative parts cut off. 0 everywhere where that is constant."""
     import keras
     import tensorflow as tf
 
-    at, last_maps = maps_layer(model), model.get_layer("features").input
+    at, last_maps = at or maps_layer(model), model.get_layer("features").input
     lower, upper = cut(model, at) if at != "backbone" else (keras.Model(model.input, [last_maps]), keras.Model([last_maps], model.output))
     first, *hidden, last = (layer for layer in upper.layers if not isinstance(layer, keras.layers.InputLayer))
     values = lower(np.asarray(slices, "float32")[..., None], training=False)
@@ -71,7 +71,7 @@ def grad_cam(model: keras.Model, slices: np.ndarray, positive: int) -> np.ndarra
         logits = tf.matmul(x, last.kernel) + last.bias
         others = tf.concat([logits[:, :positive], logits[:, positive + 1:]], axis=1)
         score = logits[:, positive] - tf.reduce_mean(others, axis=1)
-    heat, coarsest = 0, min(value.shape[1] for value in values if value.shape[1] >= LEAST)
+    heat, coarsest = 0, min((value.shape[1] for value in values if value.shape[1] >= LEAST), default=values[0].shape[1])
     for value, gradient in zip(values, tape.gradient(score, values), strict=True):
         if value.shape[1] == coarsest:
             heat += tf.reduce_sum(tf.reduce_mean(gradient, axis=(1, 2), keepdims=True) * value, axis=-1)

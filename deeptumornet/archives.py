@@ -150,11 +150,24 @@ def md5(file: IO[bytes]) -> str:
 
 
 def wrong_object(path: Path, size: int, etag: str) -> str:
-    "What is wrong with a file of S3 that should have `size` bytes and `etag`; \"\" where nothing is"
+    """What is wrong with a file of S3 that should have `size` bytes and `etag`; "" where nothing is.
+
+    Of a file that was sent in n parts the ETag is the MD5 of the parts' MD5s, and "-n": it is held against parts of each number of whole
+    MiB, and of whole millions of bytes, that make n of `size`, for nobody says how long they were."""
     if path.stat().st_size != size:
         return f"{path.stat().st_size} of {size} bytes"
     with open(path, "rb") as file:
-        return "" if "-" in etag or md5(file) == etag else "a wrong checksum"
+        if "-" not in etag:
+            return "" if md5(file) == etag else "a wrong checksum"
+        count = int(etag.rpartition("-")[2])
+        lengths = [length for unit in (1 << 20, 10**6) for length in range(unit, size + unit, unit) if -(-size // length) == count]
+        return "" if any(_parts_md5(file, length) == etag for length in lengths) else "a wrong checksum"
+
+
+def _parts_md5(file: IO[bytes], length: int) -> str:
+    file.seek(0)
+    sums = [hashlib.md5(part, usedforsecurity=False).digest() for part in iter(lambda: file.read(length), b"")]
+    return f"{hashlib.md5(b''.join(sums), usedforsecurity=False).hexdigest()}-{len(sums)}"
 
 
 def wrong_series(path: Path, count: int) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,14 +24,14 @@ from defusedxml import ElementTree
 from PIL import Image
 
 from .archives import Remote, Spoiled, extract, is_archive, list_objects, persist, wrong_object, wrong_series
-from .dicom import LUNG_WINDOW, Header, deidentify, describe, is_dicom, pseudonym, window, write_dicom
+from .dicom import LUNG_WINDOW, Header, deidentify, describe, is_dicom, pseudonym, secret_salt, window, write_dicom
 from .phantom import draw_patient, slice_hu
 from .study import Study, StudyError, atomic, progress, sha256, write_csv, write_json
 
 # %% auto #0
-__all__ = ['BOX', 'KAGGLE', 'LETTERS', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'write_boxes', 'phantoms', 'class_rows', 'csv_rows',
-           'local_rows', 'kaggle', 'patient_patterns', 'choose_series', 'tumour_slices', 'series_rows', 'tcia',
-           'idc_series', 'nih', 'store', 'catalogue', 'collect']
+__all__ = ['BOX', 'KAGGLE', 'LETTERS', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'PHANTOM_SALT', 'write_boxes', 'phantoms',
+           'class_rows', 'csv_rows', 'local_rows', 'kaggle', 'patient_patterns', 'choose_series', 'tumour_slices',
+           'series_rows', 'tcia', 'idc_series', 'nih', 'names_patients', 'store', 'catalogue', 'salt_of', 'collect']
 
 # %% ../nbs/01_collection.ipynb #c007
 BOX = ("box_top", "box_left", "box_bottom", "box_right")
@@ -158,10 +159,10 @@ def csv_rows(path: Path, patterns: dict[str, str]) -> list[dict]:
     rows, seen = [], set()
     for number, line in enumerate(table.to_dict("records"), start=2):
         label = next((label for label, pattern in patterns.items() if _matches(line["label"], pattern)), None)
-        place = os.path.normpath(line["path"])
+        place = os.path.relpath(path.parent / line["path"], path.parent)
         if label is None:
             continue
-        if os.path.isabs(place) or place.startswith(".."):
+        if place.split(os.sep)[0] == "..":
             raise StudyError(f"{path}, line {number}: {line['path']} lies outside the folder of the CSV; put the CSV above all its files")
         if not (path.parent / place).is_file():
             raise StudyError(f"{path}, line {number}: there is no file {line['path']}; correct the line or take it out")
@@ -305,12 +306,12 @@ def tumour_slices(annotations: str | None, collection: str, root: Path, cache: P
 
 
 def series_rows(series: dict, files: Iterable[Path], boxes: Mapping[str, list] | None) -> Iterator[dict]:
-    "A row for each DICOM file of a chosen `series` that `boxes` asks for, named by its pseudonyms and its number"
-    folder = f"{series['label']}/{pseudonym(series['patient'])}/{pseudonym(series['series'])}"
+    "A row for each DICOM file of a chosen `series` that `boxes` asks for"
     for number, file in enumerate(sorted(files)):
         found = None if boxes is None else boxes.get(describe(file, file.name).sop_uid)
         if boxes is None or found:
-            yield {"file": file, "path": f"{folder}/{number:04d}.dcm", "label": series["label"], "licence": series["licence"], "boxes": found or []}
+            yield {"file": file, "path": f"{series['label']}/{series['patient']}/{series['series']}/{number:04d}.dcm", "label": series["label"],
+                   "licence": series["licence"], "boxes": found or []}
 
 # %% ../nbs/01_collection.ipynb #c019
 TCIA = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
@@ -387,46 +388,63 @@ def nih(collection: str, study: Study, cache: Path, scratch: Path) -> Iterator[d
             yield from series_rows(row, files, boxes)
 
 # %% ../nbs/01_collection.ipynb #c025
-def store(rows: Iterable[dict], folder: Path) -> dict[str, dict]:
-    """Copy the file of each row to its path under `folder`, DICOM without identifiers; what is known of each path.
+def _is_dicom(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return is_dicom(opened.read(132))
+
+
+def names_patients(rows: list[dict]) -> bool:
+    "True where some file of `rows` is DICOM, or a row has a patient_id"
+    return any(row.get("patient_id") or _is_dicom(row["file"]) for row in rows)
+
+
+def _hidden(path: str, files_too: bool, salt: str) -> str:
+    "`path` with each folder below the class replaced by its pseudonym, and the file's name as well where `files_too`"
+    label, *folders, name = path.split("/")
+    stem, suffix = os.path.splitext(name)
+    suffix = suffix if suffix.lower() in (".dcm", ".png", ".jpg", ".jpeg") else ""
+    name = f"{pseudonym(name.removesuffix(suffix), salt)}{suffix}" if files_too else name
+    return "/".join([label, *(pseudonym(part, salt) for part in folders), name])
+
+
+def store(rows: Iterable[dict], folder: Path, salt: str, private: bool) -> dict[str, dict]:
+    """Copy the file of each row to its path under `folder`, without identifiers: sub-folders' names, and files' too where the rows are
+    `private`, become pseudonyms by `salt`, and DICOM files are written anew. What is known of each path.
 
     A DICOM file that cannot be read leaves an empty copy and its reason, for nobody knows what it holds. Raises StudyError
-    where two files would have one path."""
+    where two files would have one path, or a copy differs from its original."""
     known: dict[str, dict] = {}
     for row in progress(rows, "copy"):
-        with open(row["file"], "rb") as file:
-            header = describe(row["file"], row["file"].name) if is_dicom(file.read(132)) else Header()
-        patient, reason = row.get("patient_id") or header.patient_id, ""
-        path = row["path"]
-        if len(patient) > 3:
-            path = f"{row['label']}/{path.partition('/')[2].replace(patient, pseudonym(patient))}"
+        header = describe(row["file"], row["file"].name) if _is_dicom(row["file"]) else Header()
+        path, reason = _hidden(row["path"], private, salt), ""
         if path in known:
-            raise StudyError(f"two files of class {row['label']!r} have the name {Path(path).name}: rename one, such as {row['file']}")
+            raise StudyError(f"two files of class {row['label']!r} have the name {Path(row['path']).name}: rename one, such as {row['file']}")
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         if header == Header():
             shutil.copyfile(row["file"], target)
+            if sha256(target) != sha256(row["file"]):
+                raise StudyError(f"the copy of {row['file']} differs from it by its SHA-256: check the disk, and run again")
         else:
             try:
-                deidentify(row["file"], target)
+                deidentify(row["file"], target, salt)
             except StudyError as error:
                 if getattr(error.__cause__, "errno", None):  # the disk's fault, not the file's
                     raise
                 reason = str(error)
                 target.write_bytes(b"")
-        known[path] = {"patient_id": patient, "series_id": header.series_id, "reason": reason, "licence": row.get("licence", ""),
-                       "boxes": row.get("boxes", [])}
+        known[path] = {"patient_id": row.get("patient_id") or header.patient_id, "series_id": header.series_id, "reason": reason,
+                       "licence": row.get("licence", ""), "place": row["path"], "boxes": row.get("boxes", [])}
     return known
 
 # %% ../nbs/01_collection.ipynb #c027
-def _file_rows(file: Path, path: str, known: dict) -> list[dict]:
+def _file_rows(file: Path, path: str, known: dict, salt: str) -> list[dict]:
     "The catalogue's rows of one file, one for each frame, with their position in mm (None where unknown)"
-    with open(file, "rb") as opened:
-        dicom = is_dicom(opened.read(132))
+    dicom = _is_dicom(file)
     header = describe(file, file.name) if dicom else Header()
     patient, series = (known.get(key) or getattr(header, key) for key in ("patient_id", "series_id"))
     reason = known.get("reason") or header.set_aside
-    common = {"path": path, "patient_id": pseudonym(patient) if patient else "", "series_id": pseudonym(series) if series else "",
+    common = {"path": path, "patient_id": pseudonym(patient, salt) if patient else "", "series_id": pseudonym(series, salt) if series else "",
               "slice_index": known.get("slice_index", ""), "window_center": f"{LUNG_WINDOW[0]:.0f}" if dicom else "",
               "window_width": f"{LUNG_WINDOW[1]:.0f}" if dicom else "", "sha256_file": sha256(file), "planted": known.get("planted", ""),
               "status": "excluded" if reason else "", "reason": reason}
@@ -434,28 +452,41 @@ def _file_rows(file: Path, path: str, known: dict) -> list[dict]:
             for frame, position in enumerate(header.positions)]
 
 
-def catalogue(folder: Path, classes: list[str], source: str, prefix: str = "data/raw", known: dict | None = None) -> pd.DataFrame:
-    """One row per file and frame under `folder/<class>/`, in the order of their paths.
+def catalogue(folder: Path, classes: list[str], source: str, prefix: str = "data/raw", known: dict | None = None,
+              salt: str | None = None) -> pd.DataFrame:
+    """One row per file and frame under `folder/<class>/`, in the order of the paths they had at their source, so that it does not depend on
+    the `salt` (default: one that is forgotten at once).
 
     Columns: path (under `prefix`), source, label, patient_id and series_id (salted hashes, "" where unknown), slice_index (by
     position in its series), frame ("" where there is one), window_center and window_width (HU; "" for pictures), sha256_file,
     planted, status ("excluded" where it is set aside) and reason. `known` says what the file itself does not, by path under
     `folder`; without it, labels.csv in `folder` does, where there is one."""
+    salt = salt or secrets.token_hex(32)
     if known is None:
         labels = folder / "labels.csv"
         rows = pd.read_csv(labels, dtype=str, keep_default_na=False).to_dict("records") if labels.is_file() else []
         known = {row["path"]: row for row in rows}
-    files = sorted(p for label in classes for p in (folder / label).rglob("*") if p.is_file())
-    rows = [row | {"label": file.relative_to(folder).parts[0]} for file in progress(files, "catalogue")
-            for path in [file.relative_to(folder).as_posix()] for row in _file_rows(file, path, known.get(path, {}))]
+    paths = [p.relative_to(folder).as_posix() for label in classes for p in (folder / label).rglob("*") if p.is_file()]
+    paths.sort(key=lambda path: Path(known.get(path, {}).get("place", path)))
+    rows = [row | {"label": path.partition("/")[0]} for path in progress(paths, "catalogue")
+            for row in _file_rows(folder / path, path, known.get(path, {}), salt)]
     count: dict[str, int] = {}
     placed = [row for row in rows if row["series_id"] and row["position"] is not None]
-    for row in sorted(placed, key=lambda row: (row["position"], row["path"], int(row["frame"] or 0))):
+    for row in sorted(placed, key=lambda row: row["position"]):
         row["slice_index"] = row["slice_index"] or str(count.get(row["series_id"], 0))
         count[row["series_id"]] = count.get(row["series_id"], 0) + 1
     table = pd.DataFrame(rows, columns=["path", "source", "label", "patient_id", "series_id", "slice_index", "frame", "window_center",
                                         "window_width", "sha256_file", "planted", "status", "reason"])
     return table.assign(path=[f"{prefix}/{path}" for path in table["path"]], source=source)
+
+
+PHANTOM_SALT = "deeptumornet"
+"Phantoms are nobody, and their pseudonyms the same everywhere"
+
+
+def salt_of(study: Study) -> str:
+    "The salt of the study's pseudonyms: for people the secret of its workspace"
+    return PHANTOM_SALT if study["collect"]["source"] == "phantom" else secret_salt(study.workspace)
 
 
 def collect(study: Study) -> pd.DataFrame:
@@ -465,6 +496,7 @@ def collect(study: Study) -> pd.DataFrame:
     patterns = {label: folders.get(label, label) for label in study.classes}
     source, _, collection = settings["source"].partition(":")
     cache = study.workspace / ".cache" / "downloads" / source
+    salt = salt_of(study)
     known = None
     with atomic(study.raw) as folder:
         scratch = folder.parent / "unpacked"
@@ -474,13 +506,14 @@ def collect(study: Study) -> pd.DataFrame:
             normal = next(label for label in study.classes if label != study.positive)
             phantoms(folder, (normal, study.positive), settings["patients"], settings["slices_per_patient"], study.seed)
         elif source == "kaggle":
-            known = store(class_rows(kaggle(cache), {label: f"{label}*" for label in study.classes} | folders), folder)
+            known = store(class_rows(kaggle(cache), {label: f"{label}*" for label in study.classes} | folders), folder, salt, private=False)
         elif source == "tcia":
-            known = store(tcia(collection or "Lung-PET-CT-Dx", study, cache, scratch), folder)
+            known = store(tcia(collection or "Lung-PET-CT-Dx", study, cache, scratch), folder, salt, private=True)
         elif source == "nih":
-            known = store(nih(collection or "lung_pet_ct_dx", study, cache, scratch), folder)
+            known = store(nih(collection or "lung_pet_ct_dx", study, cache, scratch), folder, salt, private=True)
         else:
-            known = store(local_rows((study.root / settings["source"]).resolve(), patterns, scratch), folder)
+            rows = local_rows((study.root / settings["source"]).resolve(), patterns, scratch)
+            known = store(rows, folder, salt, names_patients(rows))
             source = "folder"
         for label in study.classes:
             if not (folder / label).is_dir():
@@ -490,6 +523,6 @@ def collect(study: Study) -> pd.DataFrame:
             write_boxes(((path, box) for path, row in known.items() for box in row["boxes"]), folder)
         write_json(folder / "provenance.json", {
             "source": source, "collection": collection, "licences": sorted({row["licence"] for row in (known or {}).values()} - {""})})
-    table = catalogue(study.raw, study.classes, source, known=known)
+    table = catalogue(study.raw, study.classes, source, known=known, salt=salt)
     write_csv(study.catalogue, table)
     return table

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import struct
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +27,7 @@ from .study import StudyError, atomic
 
 # %% auto #0
 __all__ = ['LUNG_WINDOW', 'CT', 'NOT_SLICES', 'STEEPEST', 'MOST_PIXELS', 'MOST_FRAMES', 'AIR_HU', 'KEPT', 'window', 'is_dicom',
-           'pseudonym', 'Header', 'describe', 'read_dicom', 'write_dicom', 'deidentify']
+           'secret_salt', 'pseudonym', 'Header', 'burned_in', 'describe', 'read_dicom', 'write_dicom', 'deidentify']
 
 # %% ../nbs/01b_dicom.ipynb #c006
 LUNG_WINDOW = (-600.0, 1500.0)
@@ -42,16 +45,33 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or (bare and len(head) == 132)
 
 
-def pseudonym(identifier: str, salt: str | None = None) -> str:
-    """A salted hash of a patient or series `identifier`, 16 hexadecimal digits: the same one for the same patient, not
-    reversible by a list. The salt is the environment's DEEPTUMORNET_SALT unless one is given."""
+def secret_salt(workspace: Path) -> str:
+    """The salt of a workspace: the environment's DEEPTUMORNET_SALT, else what stands in `workspace`/.salt, which is made once, from 256
+    random bits, for its owner alone to read. Raises StudyError where that file is empty."""
+    if salt := os.environ.get("DEEPTUMORNET_SALT"):
+        return salt
+    path = workspace / ".salt"
+    if not path.exists():
+        workspace.mkdir(parents=True, exist_ok=True)
+        descriptor, made = tempfile.mkstemp(prefix=".salt.", dir=workspace)  # of mode 600
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):  # of two processes the first decides
+            os.link(made, path)
+        os.unlink(made)
+    if not (salt := path.read_text().strip()):
+        raise StudyError(f"{path} is empty, and holds the secret that hides who the patients are: restore it, or remove it and collect again")
+    return salt
+
+
+def pseudonym(identifier: str, salt: str) -> str:
+    """A hash of a patient or series `identifier` with a secret `salt`, 16 hexadecimal digits: the same one for the same patient; who knows a
+    list of patients cannot tell which it is without the salt."""
     return _digest(identifier, 8, salt).hex()
 
 
-def _digest(identifier: str, size: int, salt: str | None = None) -> bytes:
-    salt = os.environ.get("DEEPTUMORNET_SALT", "deeptumornet") if salt is None else salt
-    return hashlib.blake2b(identifier.encode(), key=hashlib.sha512(salt.encode()).digest() if len(salt.encode()) > 64 else salt.encode(),
-                           digest_size=size).digest()
+def _digest(identifier: str, size: int, salt: str) -> bytes:
+    return hashlib.blake2b(identifier.encode(), key=hashlib.sha512(salt.encode()).digest(), digest_size=size).digest()
 
 # %% ../nbs/01b_dicom.ipynb #c014
 CT = {CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage}
@@ -108,6 +128,10 @@ def _plane(data: Dataset, frame: int) -> tuple[np.ndarray | None, float | None]:
     return normal, round(at, 4) if np.isfinite(at) else None
 
 
+def burned_in(data: Dataset) -> bool:
+    return str(data.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+
+
 def _frames(data: Dataset) -> int:
     return int(data.get("NumberOfFrames") or 1)
 
@@ -128,7 +152,7 @@ def _why_not(data: Dataset, name: str, marked: bool = False) -> str:
         return f"{name} is not an axial slice (its plane leans by {np.degrees(np.arccos(min(1, abs(normal[2])))):.0f}°): leave it out"
     if data.get("SamplesPerPixel", 1) != 1 or not str(data.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME"):
         return f"{name} is a colour picture, not a CT slice: leave it out"
-    if data.get("BurnedInAnnotation") == "YES" and not marked:
+    if burned_in(data) and not marked:
         return f"{name} has annotations burned into its pixels, which may name the patient: leave it out, or have them removed"
     units = _value(data, 0, "PixelValueTransformationSequence", "RescaleType") or "HU"
     if units not in ("HU", "US"):
@@ -165,7 +189,7 @@ def describe(source: Path | bytes, name: str) -> Header:
         positions = tuple(_plane(data, frame)[1] for frame in range(own))
         positions += (_plane(data, own)[1],) * (frames - own)
         return Header(*(str(data.get(k) or "") for k in ("PatientID", "SeriesInstanceUID", "SOPInstanceUID")), positions[0], positions,
-                      frames, _why_not(data, name), data.get("BurnedInAnnotation") == "YES")
+                      frames, _why_not(data, name), burned_in(data))
     except Exception as error:
         return Header(set_aside=str(_unreadable(name, error)))
 
@@ -308,43 +332,43 @@ LossyImageCompressionMethod""".split())
 "The attributes that `deidentify` keeps; those that identify are among them only as UIDs, which it replaces"
 
 
-def _uid(value: str) -> str:
+def _uid(value: str, salt: str) -> str:
     "`value` where the standard defines it, else an UID derived from its salted hash (PS3.5 B.2)"
-    return value if value.startswith("1.2.840.10008.") else f"2.25.{int.from_bytes(_digest(value, 16), 'big')}"
+    return value if value.startswith("1.2.840.10008.") else f"2.25.{int.from_bytes(_digest(value, 16, salt), 'big')}"
 
 
-def _kept(data: Dataset) -> Dataset:
+def _kept(data: Dataset, salt: str) -> Dataset:
     copy = Dataset()
     for element in data:
         if element.keyword not in KEPT:
             continue
         if element.VR == "SQ":
-            element.value = [_kept(item) for item in element.value]
+            element.value = [_kept(item, salt) for item in element.value]
         elif element.VR == "UI" and element.value:
-            element.value = _uid(str(element.value))
+            element.value = _uid(str(element.value), salt)
         copy.add(element)
     return copy
 
 
-def deidentify(path: Path, target: Path) -> None:
+def deidentify(path: Path, target: Path, salt: str) -> None:
     """Write to `target` a copy of the DICOM file `path` with the same pixels, byte for byte, and no identifier in the clear.
 
-    PatientID is its `pseudonym`, UIDs are derived likewise, all that is not in `KEPT` is gone. Raises StudyError where
-    the file cannot be read."""
+    PatientID is its `pseudonym` with `salt`, UIDs are derived likewise, all that is not in `KEPT` is gone. Raises StudyError, which names
+    `target` alone, where the file cannot be read."""
     try:
         data = _read(path, pixels=True)
-        copy = _kept(data)
-        copy.PatientID = copy.PatientName = pseudonym(str(data.get("PatientID") or "")) if data.get("PatientID") else ""
+        copy = _kept(data, salt)
+        copy.PatientID = copy.PatientName = pseudonym(str(data.get("PatientID") or ""), salt) if data.get("PatientID") else ""
         for keyword in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"):
             setattr(copy, keyword, "")  # required to be there, allowed to be empty
         copy.PatientIdentityRemoved, copy.DeidentificationMethod = "YES", "DeepTumorNet: technical attributes kept, all others removed"
         copy.file_meta = FileMetaDataset()
         copy.file_meta.TransferSyntaxUID = data.file_meta.get("TransferSyntaxUID") or _native(data)
         copy.file_meta.MediaStorageSOPClassUID = copy.get("SOPClassUID") or CTImageStorage
-        copy.file_meta.MediaStorageSOPInstanceUID = copy.get("SOPInstanceUID") or _uid(str(path.name))
+        copy.file_meta.MediaStorageSOPInstanceUID = copy.get("SOPInstanceUID") or _uid(path.name, salt)
         with atomic(target) as temporary:
             copy.save_as(temporary, enforce_file_format=True)
     except StudyError:
         raise
     except Exception as error:
-        raise _unreadable(path.name, error) from error
+        raise _unreadable(target.name, error) from error

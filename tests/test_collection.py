@@ -30,7 +30,9 @@ from PIL import Image
 from deeptumornet import archives, collection
 from deeptumornet.archives import extract, is_archive
 from deeptumornet.collection import collect, idc_series
-from deeptumornet.dicom import pseudonym, write_dicom
+from deeptumornet.dicom import pseudonym, secret_salt, window, write_dicom
+from deeptumornet.phantom import draw_patient, slice_hu
+from deeptumornet.preprocessing import preprocess
 from deeptumornet.study import Study, StudyError, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +47,10 @@ def study_on(source: str, workspace: Path, classes: list[str] = CLASSES, **more)
     parameters |= {"profile": "smoke", "classes": classes, "positive": classes[-1]}
     parameters["smoke"]["collect"] = {"source": source, "folders": {}, **more}
     return Study("smoke", ROOT, workspace, parameters)
+
+
+def hidden(study: Study, identifier: str) -> str:
+    return pseudonym(identifier, secret_salt(study.workspace))
 
 
 def dicom_bytes(patient: str, series: str, position: float, size: int = 16, **tags) -> bytes:
@@ -366,7 +372,7 @@ def test_tcia_takes_ct_by_the_letter_and_hides_who_it_is(remote):
     server, study = remote
     table = collect(study)
     assert table.groupby("label").size().to_dict() == {"adenocarcinoma": 8, "squamous.cell.carcinoma": 5}
-    assert set(table["patient_id"]) == {pseudonym(p) for p in ("Lung_Dx-A0001", "Lung_Dx-A0002", "Lung_Dx-G0001")}
+    assert set(table["patient_id"]) == {hidden(study, p) for p in ("Lung_Dx-A0001", "Lung_Dx-A0002", "Lung_Dx-G0001")}
     assert table["reason"].str.contains("locali", case=False).sum() == 1 == (table["status"] == "excluded").sum()
     kept = table[table["status"] == ""]
     for _, series in kept.groupby("series_id"):
@@ -460,17 +466,72 @@ def packed(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "gztar", "xztar"])
 def test_a_folder_or_archive_of_pictures_and_dicom(kind, tmp_path):
     source = mixed_folder(tmp_path / "mine")
-    table = collect(study_on(str(source if kind == "folder" else packed(source, kind)), tmp_path / "w"))
-    rows = table.set_index(table["path"].str.rsplit("/", n=1).str[1])
+    study = study_on(str(source if kind == "folder" else packed(source, kind)), tmp_path / "w")
+    table = collect(study)
+    names = ("0.dcm", "1.dcm", "2.dcm", "head.dcm", "text.dcm", "cut.dcm", "a.png")
+    names = {hidden(study, name.partition(".")[0]): name for name in names}
+    rows = table.set_index(table["path"].str.extract(r"(\w+)\.\w+$", expand=False).map(names))
     assert len(table) == 8
     assert list(rows.loc[["0.dcm", "1.dcm", "2.dcm"], "slice_index"]) == ["2", "1", "0"]
-    assert set(rows.loc[["0.dcm", "1.dcm", "2.dcm"], "patient_id"]) == {pseudonym("Doe^Jane")}
+    assert set(rows.loc[["0.dcm", "1.dcm", "2.dcm"], "patient_id"]) == {hidden(study, "Doe^Jane")}
     assert (rows["status"] == "excluded").to_dict() == {n: n in ("head.dcm", "text.dcm", "cut.dcm") for n in rows.index}
-    for name, word in {"head.dcm": "MR", "text.dcm": "burned", "cut.dcm": "cut.dcm"}.items():
+    for name, word in {"head.dcm": "MR", "text.dcm": "burned", "cut.dcm": f"{hidden(study, 'cut')}.dcm cannot be read"}.items():
         assert word in rows.loc[name, "reason"]
     assert set(rows.loc["0.dcm", ["window_center", "window_width"]]) == {"-600", "1500"} and set(rows.loc["a.png", "window_center"]) == {""}
     assert not any(b"Doe" in p.read_bytes() for p in (tmp_path / "w").rglob("*") if p.is_file())
     assert sorted(os.listdir(tmp_path / "w/data")) == ["catalogue.csv", "raw"]
+
+
+def test_nothing_that_is_kept_names_a_patient_a_series_or_a_date(tmp_path, monkeypatch):
+    """Neither a path nor a reason, not even a short identifier, the name of a broken file or of a picture beside it; and no list of
+    patients gives the hashes away without the secret."""
+    monkeypatch.delenv("DEEPTUMORNET_SALT", raising=False)
+    content = dicom_bytes("Lung_Dx-A0002", "s", 1.0)
+    uid = str(pydicom.dcmread(io.BytesIO(content)).SeriesInstanceUID)
+    files = {f"adenocarcinoma/Lung_Dx-A0002/04-25-2007-NA/{uid}/1-01.dcm": content, "adenocarcinoma/P1_0.dcm": dicom_bytes("P1", "t", 1.0),
+             "normal/Lung_Dx-A0009_broken.dcm": content[:300], "normal/Lung_Dx-A0009_b.png": PNG,
+             "normal/Lung_Dx-A0007_mr.dcm": dicom_bytes("Lung_Dx-A0007", "u", 1.0, Modality="MR")}
+    for place, content in files.items():
+        (tmp_path / "mine" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / place).write_bytes(content)
+    study = study_on(str(tmp_path / "mine"), tmp_path / "w", classes=["normal", "adenocarcinoma"])
+    table = collect(study)
+    assert len(table) == 5 and table["reason"].str.contains("cannot be read as DICOM|modality MR").sum() == 2
+    for path in [*study.raw.rglob("*"), study.catalogue]:
+        for word in ("Lung_Dx", "P1", uid, "2007"):
+            assert word not in str(path.relative_to(tmp_path)) and (path.is_dir() or word.encode() not in path.read_bytes()), (path, word)
+    listed = {pseudonym(f"Lung_Dx-A{n:04d}", salt) for n in range(99) for salt in ("", "deeptumornet")}
+    assert not listed & set(table["patient_id"]) and len(set(table["patient_id"]) - {""}) == 3
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "Smith_3.dcm").write_bytes(content[:300])
+    (tmp_path / "csv" / "Smith_4.png").write_bytes(PNG)
+    pd.DataFrame({"path": ["Smith_3.dcm", str(tmp_path / "csv/Smith_4.png")], "label": ["normal", "adenocarcinoma"],
+                  "patient_id": ["Smith", "J"]}).to_csv(tmp_path / "csv/all.csv", index=False)
+    study = study_on(str(tmp_path / "csv/all.csv"), tmp_path / "v", classes=["normal", "adenocarcinoma"])
+    assert not any("Smith" in f"{v}" for v in collect(study).to_numpy().ravel())
+
+
+def test_the_study_is_the_same_with_another_salt(tmp_path, monkeypatch):
+    """Groups, splits and folds, slice by slice: patients of two series, and pictures of nobody beside them."""
+    for number in range(16):
+        folder = tmp_path / "mine" / ("normal", "adenocarcinoma")[number % 2]
+        patient = draw_patient(number, bool(number % 2))
+        for series in range(2):
+            place = folder / patient.name / f"series {series}"
+            place.mkdir(parents=True)
+            write_dicom(place / "1.dcm", slice_hu(patient, 0.3 * series)[0], patient.name, 30.0 * series, 1.4, f"{number} {series}")
+        Image.fromarray(window(slice_hu(patient, 0.0)[0])).save(folder / f"{number}.png")
+    manifests = []
+    for salt in ("one", "two", "three"):
+        monkeypatch.setenv("DEEPTUMORNET_SALT", salt)
+        study = study_on(str(tmp_path / "mine"), tmp_path / salt, classes=["normal", "adenocarcinoma"])
+        collect(study)
+        manifests.append(preprocess(study)[0])
+    first, *others = manifests
+    same = ["image_id", "label", "slice_index", "status", "group", "split", "fold"]
+    for other in others:
+        pd.testing.assert_frame_equal(first[same], other[same])
+        assert not set(first["patient_id"]) & set(other["patient_id"]) - {""} and not set(first["path"]) & set(other["path"])
 
 
 @pytest.mark.parametrize("kind", ["csv", "zip"])
@@ -482,9 +543,10 @@ def test_a_csv_names_labels_and_patients(kind, tmp_path):
     labels = [*CLASSES, CLASSES[0], "other"]
     table = pd.DataFrame({"path": [f"P0001/{n}.png" for n in range(4)], "label": labels, "patient_id": ["P0001"] * 4})
     table.to_csv(folder / "slices.csv", index=False)
-    done = collect(study_on(str(folder / "slices.csv" if kind == "csv" else packed(folder, "zip")), tmp_path / "w"))
+    study = study_on(str(folder / "slices.csv" if kind == "csv" else packed(folder, "zip")), tmp_path / "w")
+    done = collect(study)
     assert done.groupby("label").size().to_dict() == {CLASSES[0]: 2, CLASSES[1]: 1}
-    assert set(done["patient_id"]) == {pseudonym("P0001")}
+    assert set(done["patient_id"]) == {hidden(study, "P0001")}
     assert not done["path"].str.contains("P0001").any()
 
 

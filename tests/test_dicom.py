@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, pixel_array
 
-from deeptumornet.dicom import deidentify, describe, is_dicom, pseudonym, read_dicom, window, write_dicom
+from deeptumornet.dicom import deidentify, describe, is_dicom, pseudonym, read_dicom, secret_salt, window, write_dicom
 from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.study import StudyError
 
 ROOT = Path(__file__).resolve().parents[1]
 TCIA = ROOT.parent / "shared/data/tcia_lung_pet_ct_dx"
+SALT = "a secret of the tests"
 needs_tcia = pytest.mark.skipif(not TCIA.is_dir(), reason=f"the series of TCIA is not at {TCIA}")
 COMPRESSED = {
     "JPEG lossless": "JPEGLosslessProcess14", "JPEG lossless SV1": "JPEGLosslessProcess14_1", "JPEG-LS": "JPEGLSLossless",
@@ -187,8 +189,8 @@ def test_every_file_that_pydicom_ships_gives_a_header_and_slices_or_one_sentence
         except StudyError as error:
             assert path.name in str(error) and "\n" not in str(error)
         try:
-            deidentify(path, tmp_path / "copy.dcm")
-            before, after = pydicom.dcmread(path, force=True), pydicom.dcmread(tmp_path / "copy.dcm")
+            deidentify(path, tmp_path / path.name, SALT)
+            before, after = pydicom.dcmread(path, force=True), pydicom.dcmread(tmp_path / path.name)
             assert before.get("PixelData") == after.get("PixelData")
         except StudyError as error:
             assert path.name in str(error)
@@ -206,7 +208,7 @@ def test_axial_planes(normal_of, why):
 
 
 def test_burned_in_annotation_is_respected():
-    for flag, refused in (("YES", True), ("NO", False)):
+    for flag, refused in (("YES", True), ("yes", True), ("NO", False), ("", False)):
         source = saved(dataset(np.zeros((8, 8), np.uint16), BurnedInAnnotation=flag))
         header = describe(source, "a.dcm")
         assert header.burned_in == refused == ("burned into its pixels" in header.set_aside)
@@ -352,7 +354,7 @@ def test_values_that_are_no_hounsfield_units():
             read_dicom(source, "a.dcm")
 
 
-def test_deidentify_keeps_the_pixels_and_nothing_that_identifies(tmp_path, slice_12bit, monkeypatch):
+def test_deidentify_keeps_the_pixels_and_nothing_that_identifies(tmp_path, slice_12bit):
     data = enhanced(np.stack([slice_12bit, slice_12bit]))
     secret = "Zyxwv"
     for element in ("PatientName", "PatientID", "InstitutionName", "ReferringPhysicianName", "PatientComments", "StudyDescription",
@@ -370,17 +372,16 @@ def test_deidentify_keeps_the_pixels_and_nothing_that_identifies(tmp_path, slice
         setattr(data, key, f"1.3.99.{len(key)}.4711")
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
     (tmp_path / "a.dcm").write_bytes(saved(data))
-    deidentify(tmp_path / "a.dcm", tmp_path / "b.dcm")
+    deidentify(tmp_path / "a.dcm", tmp_path / "b.dcm", SALT)
     copy = (tmp_path / "b.dcm").read_bytes()
     for word in (secret, "19410203", "20190405", "078Y", "4711"):
         assert word.encode() not in copy
     hidden = pydicom.dcmread(tmp_path / "b.dcm")
     assert hidden.PixelData == data.PixelData
-    assert hidden.PatientID == hidden.PatientName == pseudonym(secret)
+    assert hidden.PatientID == hidden.PatientName == pseudonym(secret, SALT)
     assert describe(tmp_path / "b.dcm", "b").positions == describe(tmp_path / "a.dcm", "a").positions
     assert (read_dicom(tmp_path / "b.dcm", "b", 1)[0] == read_dicom(tmp_path / "a.dcm", "a", 1)[0]).all()
-    monkeypatch.setenv("DEEPTUMORNET_SALT", "another")
-    deidentify(tmp_path / "a.dcm", tmp_path / "c.dcm")
+    deidentify(tmp_path / "a.dcm", tmp_path / "c.dcm", "another")
     assert pydicom.dcmread(tmp_path / "c.dcm").SeriesInstanceUID != hidden.SeriesInstanceUID
     assert not [p for p in tmp_path.iterdir() if p.name.endswith("~")]
 
@@ -388,16 +389,31 @@ def test_deidentify_keeps_the_pixels_and_nothing_that_identifies(tmp_path, slice
 @pytest.mark.parametrize("syntax", COMPRESSED)
 def test_deidentify_keeps_compressed_pixels(syntax, slice_12bit, tmp_path):
     (tmp_path / "a.dcm").write_bytes(compressed(dataset(slice_12bit, bits=12), COMPRESSED[syntax], tmp_path))
-    deidentify(tmp_path / "a.dcm", tmp_path / "b.dcm")
+    deidentify(tmp_path / "a.dcm", tmp_path / "b.dcm", SALT)
     before, after = pydicom.dcmread(tmp_path / "a.dcm"), pydicom.dcmread(tmp_path / "b.dcm")
     assert before.PixelData == after.PixelData and before.file_meta.TransferSyntaxUID == after.file_meta.TransferSyntaxUID
     assert (read_dicom(tmp_path / "b.dcm", "b")[0] == slice_12bit - 1024.0).all()
 
 
+def test_a_secret_salt_is_made_once_and_read_by_its_owner_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEEPTUMORNET_SALT", raising=False)
+    with ThreadPoolExecutor(16) as pool:
+        made = set(pool.map(lambda _: secret_salt(tmp_path / "w"), range(64)))
+    assert len(made) == 1 and len(made.pop()) == 64 and [p.name for p in (tmp_path / "w").iterdir()] == [".salt"]
+    assert (tmp_path / "w/.salt").stat().st_mode & 0o777 == 0o600
+    assert secret_salt(tmp_path / "v") != secret_salt(tmp_path / "w")
+    monkeypatch.setenv("DEEPTUMORNET_SALT", "given")
+    assert secret_salt(tmp_path / "w") == "given"
+    monkeypatch.delenv("DEEPTUMORNET_SALT")
+    (tmp_path / "w/.salt").write_text("")
+    with pytest.raises(StudyError, match="salt is empty, and holds the secret .* restore it, or remove it"):
+        secret_salt(tmp_path / "w")
+
+
 def test_one_series_stays_one_series(tmp_path):
     for k in range(3):
         write_dicom(tmp_path / f"{k}.dcm", np.zeros((8, 8), np.float32), "Doe^Jane", 5.0 * k, 1.0, "one")
-        deidentify(tmp_path / f"{k}.dcm", tmp_path / f"h{k}.dcm")
+        deidentify(tmp_path / f"{k}.dcm", tmp_path / f"h{k}.dcm", SALT)
     headers = [describe(tmp_path / f"h{k}.dcm", "h") for k in range(3)]
     assert len({h.series_id for h in headers}) == 1 and len({h.patient_id for h in headers}) == 1 and len({h.sop_uid for h in headers}) == 3
 
@@ -415,7 +431,7 @@ def test_a_real_series(tmp_path):
         hu, _ = read_dicom(path, path.name)
         assert (hu == apply_modality_lut(data.pixel_array, data)).all()
         assert -1100 < hu[:20, :20].mean() < -900 and hu.max() < 3072
-        deidentify(path, tmp_path / "copy.dcm")
+        deidentify(path, tmp_path / "copy.dcm", SALT)
         copy = pydicom.dcmread(tmp_path / "copy.dcm")
         assert copy.PixelData == data.PixelData
         raw = (tmp_path / "copy.dcm").read_bytes()

@@ -11,10 +11,10 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,19 @@ from scipy.ndimage import laplace
 
 from . import quality
 from .audit import baselines
-from .dicom import is_dicom, read_dicom, window
+from .dicom import burned_in, is_dicom, read_dicom, window
 from .groups import FIELD, field, group, hashes, mark_copies, split
 from .lungs import Field, find_lungs, see, standardise
 from .study import Study, StudyError, atomic, progress, write_csv
 
 # %% auto #0
-__all__ = ['SMALLEST', 'LARGEST', 'THUMBNAIL', 'Slice', 'read_slice', 'as_slice', 'prepare', 'inspect', 'examine', 'complete',
-           'preprocess', 'load_manifest', 'compare_normalisations']
+__all__ = ['SMALLEST', 'LONGEST', 'LARGEST', 'THUMBNAIL', 'Slice', 'Unfit', 'read_slice', 'as_slice', 'prepare', 'inspect',
+           'examine', 'complete', 'preprocess', 'load_manifest', 'compare_normalisations']
 
 # %% ../nbs/02_preprocessing.ipynb #c007
-SMALLEST, LARGEST = 32, 64_000_000
-"A slice has at least 32 pixels a side, and the square around it at most 64 million"
+SMALLEST, LONGEST, LARGEST = 32, 4, 64_000_000
+"""Whatever params.yaml asks for, what is measured has at least 32 pixels a side and is at most four times longer than wide; where it asks for
+nothing, 64 million pixels are the most that the square around it may have"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,24 @@ class Slice:
         return hashlib.sha256(np.int64(self.pixels.shape).tobytes() + self.pixels.tobytes()).hexdigest()
 
 
-def read_slice(source: Path | bytes, name: str, frame: int | None = None, marked: bool = False) -> Slice:
+class Unfit(StudyError):
+    "A slice fails the `check` of `quality.CHECKS` so badly that nothing of it can be measured"
+    def __init__(self, message: str, check: str) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+def read_slice(source: Path | bytes, name: str, frame: int | None = None, marked: bool = False, most: int = LARGEST) -> Slice:
     """The slice in a PNG, JPEG or DICOM file, given as a path or as bytes; `name` names it in messages. Of a multi-frame
-    DICOM file it is the `frame` (from 0), which must be named. One with letters burned into it is refused unless `marked`.
+    DICOM file it is the `frame` (from 0), which must be named. One with letters burned into it is refused unless `marked`,
+    and nothing is decoded whose surrounding square has more than `most` pixels.
 
     Grey values are kept, colours become their luminance (ITU-R 601-2), transparency is ignored, DICOM goes through
     Hounsfield units and the lung window. Raises StudyError for what is not one readable slice."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     if is_dicom(data[:132]):
         hu, header = read_dicom(data, name, frame, marked)
-        found = Slice(window(hu), "DICOM", "HU", burned_in=header.get("BurnedInAnnotation") == "YES")
+        found = Slice(window(hu), "DICOM", "HU", burned_in=burned_in(header))
     else:
         try:
             with warnings.catch_warnings():
@@ -77,7 +86,7 @@ def read_slice(source: Path | bytes, name: str, frame: int | None = None, marked
             raise StudyError(f"{name} is too large for a CT slice ({LARGEST:,} pixels at most): scale it down or leave it out") from error
         except Exception as error:
             raise StudyError(f"{name} is not a PNG, JPEG or DICOM picture: convert it or leave it out") from error
-        _check_size(*picture.size, name)
+        _check_size(*picture.size, name, most)
         try:
             mode = picture.mode
             grey = picture if mode.startswith(("I", "F")) else picture.convert("RGB").convert("L") if mode == "RGBA" else picture.convert("L")
@@ -85,13 +94,13 @@ def read_slice(source: Path | bytes, name: str, frame: int | None = None, marked
         except Exception as error:
             raise StudyError(f"{name} is damaged or cut short ({' '.join(str(error).split())[:80]}): fetch it again or leave it out") from error
         found = Slice((pixels // 256 if pixels.dtype != np.uint8 else pixels).astype(np.uint8), picture.format, mode, colour)
-    _check_size(found.width, found.height, name)
+    _check_size(found.width, found.height, name, most)
     return found
 
 
 def as_slice(pixels: np.ndarray, name: str) -> Slice:
     "Decoded `pixels` (uint8, height × width) as a slice. Raises StudyError where they are no slice's shape."
-    _check_size(*pixels.shape[::-1], name)
+    _check_size(*pixels.shape[::-1], name, LARGEST)
     return Slice(pixels, "pixels", "L")
 
 
@@ -104,13 +113,13 @@ def _coloured(picture: Image.Image) -> np.ndarray | None:
     return differ if differ.any() else None
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _check_size(width: int, height: int, name: str, most: int) -> None:
     if min(width, height) < SMALLEST:
-        raise StudyError(f"{name} has {width}×{height} pixels, a slice at least {SMALLEST}×{SMALLEST}: leave it out")
-    if max(width, height) > 4 * min(width, height):
-        raise StudyError(f"{name} has {width}×{height} pixels, which is no CT slice's shape: leave it out")
-    if max(width, height) ** 2 > LARGEST:
-        raise StudyError(f"{name} has {width}×{height} pixels, too many for a CT slice ({LARGEST:,} at most as a square): scale it down or leave it out")
+        raise Unfit(f"{name} has {width}×{height} pixels, a slice at least {SMALLEST}×{SMALLEST}: leave it out", "small")
+    if max(width, height) > LONGEST * min(width, height):
+        raise Unfit(f"{name} has {width}×{height} pixels, which is no CT slice's shape: leave it out", "aspect")
+    if max(width, height) ** 2 > most:
+        raise StudyError(f"{name} has {width}×{height} pixels, too many for a CT slice ({most:,} at most as a square): scale it down or leave it out")
 
 # %% ../nbs/02_preprocessing.ipynb #c012
 def prepare(pixels: np.ndarray, size: int, normalise: str = "scaling") -> np.ndarray:
@@ -127,18 +136,20 @@ THUMBNAIL = 16
 def inspect(row: dict, root: Path, slices: Path | None, size: int, normalise: str, limits: dict) -> tuple[dict, np.ndarray, np.ndarray]:
     """Read, check and prepare the file of a catalogue's `row` under `root`, and write the prepared slice to `slices`, where given.
 
-    Gives the manifest's part of the row, with `status` "excluded" and a `reason` where the slice is of no use; a thumbnail (uint8, 16 × 16);
+    Gives the manifest's part of the row, with `status` "excluded" and a `reason` where the slice is of no use, the checks that it fails in
+    `flags` and what they say in `remarks`; a thumbnail (uint8, 16 × 16);
     and the lung field (float32, 576; NaN where there is none)."""
     path, file = row["path"], root / row["path"]
     found_out = {"image_id": "", "width": 0, "height": 0, "mode": "", "format": "", "file_bytes": file.stat().st_size, "border": 0.0,
-                 "sharpness": 0.0, "status": "excluded", "reason": row.get("reason", ""), "flags": "", "phash": "", "dhash": ""}
+                 "sharpness": 0.0, "status": "excluded", "reason": row.get("reason", ""), "flags": "", "remarks": "", "phash": "", "dhash": ""}
     thumbnail, lung_field = np.zeros((THUMBNAIL, THUMBNAIL), np.uint8), np.full(FIELD * FIELD, np.nan, np.float32)
     if row.get("status") == "excluded":
-        return found_out, thumbnail, lung_field
+        return found_out | {"flags": "unreadable" * ("cannot be read" in found_out["reason"])}, thumbnail, lung_field
     try:
-        found = read_slice(file, path, int(row["frame"]) if row.get("frame") else None)
+        most = limits.get("unreadable", {}).get("limit", LARGEST)
+        found = read_slice(file, path, int(row["frame"]) if row.get("frame") else None, most=most)
     except StudyError as error:
-        return found_out | {"reason": str(error)}, thumbnail, lung_field
+        return found_out | {"reason": str(error), "flags": getattr(error, "check", "unreadable")}, thumbnail, lung_field
     pixels = found.pixels
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     phash, dhash = hashes(pixels)
@@ -147,8 +158,8 @@ def inspect(row: dict, root: Path, slices: Path | None, size: int, normalise: st
                   "phash": phash, "dhash": dhash}
     thumbnail = np.asarray(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
     lungs = _lungs(pixels)
-    failed = quality.failed(quality.measure(pixels, found.colour, lungs.mask() if lungs else None), limits)
-    found_out["flags"] = " ".join(failed)
+    failed = quality.failed(quality.measure(pixels, found.colour, lungs), limits)
+    found_out |= {"flags": " ".join(failed), "remarks": "; ".join(failed.values())}
     if "blank" in failed:
         found_out |= {"phash": "", "dhash": ""}
     grave = [f"{path}: {why}" for check, why in failed.items() if limits[check]["action"] == "exclude"]
@@ -184,14 +195,14 @@ def examine(catalogue: pd.DataFrame, root: Path, settings: dict, limits: dict, s
     with tempfile.TemporaryFile() as scratch:
         fields = np.memmap(scratch, np.float32, shape=(max(1, len(catalogue)), FIELD * FIELD))[:len(catalogue)]
     found = []
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = iter(progress(catalogue.to_dict("records"), "slices", len(catalogue)))
-        while block := list(islice(rows, 512)):
-            for part, thumbnail, lung_field in pool.map(check, block, chunksize=16):
-                thumbnails[len(found)], fields[len(found)] = thumbnail, lung_field
-                found.append(part)
+    with ProcessPoolExecutor(os.cpu_count()) as pool, progress((), "slices", len(catalogue)) as bar:
+        for start in range(0, len(catalogue), 512):
+            parts, seen, lung_fields = zip(*pool.map(check, catalogue.iloc[start:start + 512].to_dict("records"), chunksize=16), strict=True)
+            thumbnails[start:start + 512], fields[start:start + 512] = seen, lung_fields
+            found.append(pd.DataFrame(parts))
+            bar.update(len(parts))
     known = catalogue.drop(columns=["status", "reason"], errors="ignore").reset_index(drop=True)
-    return pd.concat([known, pd.DataFrame(found)], axis=1), thumbnails, fields
+    return pd.concat([known, pd.concat(found, ignore_index=True)], axis=1), thumbnails, fields
 
 
 def complete(manifest: pd.DataFrame, fields: np.ndarray, settings: dict) -> pd.DataFrame:
@@ -229,7 +240,8 @@ def _thumbnail(row: dict, root: Path, normalise: str) -> np.ndarray:
     "What a network would see of a readable row's file, uint8 (16 × 16); black for a row that was set aside or shows no lungs"
     if row["status"] == "kept" or row["reason"].startswith("exact copy"):
         frame = int(row["frame"]) if row.get("frame") else None
-        return prepare(read_slice(root / row["path"], row["path"], frame).pixels, THUMBNAIL, normalise)
+        with suppress(StudyError):
+            return prepare(read_slice(root / row["path"], row["path"], frame).pixels, THUMBNAIL, normalise)
     return np.zeros((THUMBNAIL, THUMBNAIL), np.uint8)
 
 

@@ -11,15 +11,23 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from .lungs import Field
+
 # %% auto #0
 __all__ = ['CHECKS', 'DETAIL', 'measure', 'failed']
 
 # %% ../nbs/02b_quality.ipynb #c006
 CHECKS = {
+    "unreadable": "no PNG, JPEG or DICOM picture, damaged, or too large to be decoded safely",
     "blank": "one grey all over: there is nothing to learn from it",
     "small": "too few pixels a side: a mass of 1 cm is then a few pixels wide",
     "aspect": "far longer than wide: a strip, a montage or a stretched picture, not a slice",
     "lungs": "no lung field: not a chest slice, or cropped inside the lung",
+    "hull": "the inside of a chest fills much of the body: what is smaller is a bowel, a sinus or a thing",
+    "pieces": "a chest has two lungs, which a slice may cut in a few pieces, not a pattern of air",
+    "texture": "lungs are of one grey but for their vessels: gravel, cloth and photographs are not",
+    "stray": "tissue belongs to the body: where much of it lies elsewhere, the picture shows no body",
+    "gas": "lungs are full of vessels, gas in the abdomen is even",
     "colour": "coloured marks: arrows, letters and strokes that someone drew, perhaps on the tumour",
     "strokes": "long thin lines of pure black or white with hard edges: a pen, not anatomy",
     "frame": "bright lines along the edges of the picture: a screenshot's frame",
@@ -29,12 +37,18 @@ CHECKS = {
 }
 "Each check, what it finds and why it matters"
 
-_BELOW = ("blank", "small", "lungs", "blur")
+_BELOW = ("blank", "small", "lungs", "hull", "gas", "blur")
 _SENTENCES = {
+    "unreadable": "it is too large ({:,.0f} pixels, {:,} at most)",
     "blank": "it is blank (its greys differ by {:.1f}, a slice's by {:g} at least)",
     "small": "it is too small ({:.0f} pixels on its short side, {:g} are needed)",
     "aspect": "it has no slice's shape ({:.1f} times longer than wide, {:g} at most)",
     "lungs": "no lung field was found ({:.1%} of the picture, {:.1%} are needed)",
+    "hull": "it is no chest slice (what looks like its inside is {:.1%} of the body, {:.1%} are needed)",
+    "pieces": "it is no chest slice (its air is in {:.0f} pieces, {:g} at most)",
+    "texture": "it is no chest slice (what looks like lungs is uneven, {:.0%} of its contrast, {:.0%} at most)",
+    "stray": "it is no chest slice ({:.0%} of what looks like tissue lies outside of the body, {:.0%} at most)",
+    "gas": "it is no chest slice (what looks like lungs is as even as gas, {:.3f}, {:g} are needed)",
     "colour": "it bears coloured marks ({:.2%} of its pixels, {:.2%} at most)",
     "strokes": "it bears the stroke of a pen (as long as {:.0%} of its side, {:.0%} at most)",
     "frame": "it has a frame (bright lines along {:.0f} of its sides, {:g} at most)",
@@ -173,18 +187,34 @@ def _edges(pixels: np.ndarray) -> tuple[int, int]:
     return lines, max(_letters(band, side) for band in bands)
 
 # %% ../nbs/02b_quality.ipynb #c013
-def measure(pixels: np.ndarray, colour: np.ndarray | None, lungs: np.ndarray | None) -> dict[str, float]:
-    """One number for each of `CHECKS`, from a slice (uint8, height × width), the mask of its coloured pixels and that of its
-    lungs (both bool, of any scale; None where there are none).
+def _chest(field: Field | None) -> dict[str, float]:
+    "The measures of how like a chest it is in which `field` was found"
+    if field is None:
+        return {"lungs": 0.0, "hull": 1.0, "pieces": 0.0, "texture": 0.0, "stray": 0.0, "gas": 1.0}
+    air, mask, grey = np.any(field.lungs, axis=0), field.mask(), field.grey
+    around = field.body & field.tissue & ndimage.binary_dilation(air, iterations=12)
+    contrast = max(1.0, float(np.median(grey[around if around.any() else field.tissue]) - np.median(grey[air])))
+    core = ndimage.binary_erosion(air, iterations=2)
+    even, size = float(grey[core].std()) / contrast if core.any() else 0.0, field.body.sum()
+    return {"lungs": float(mask.mean()), "hull": float(field.chest.sum() / size), "pieces": float(len(field.lungs)),
+            "texture": float(grey[air].std()) / contrast, "stray": float((field.tissue & ~field.body).sum() / field.tissue.sum()),
+            "gas": max(even, float(mask.sum() / size) / 4)}
 
-    blank: standard deviation in greys. small: pixels on the short side. aspect: long side by short side. lungs, colour:
-    share of the picture, 0..1. strokes: length as a share of the long side. frame: sides, 0..4. text: letters in a row.
+
+def measure(pixels: np.ndarray, colour: np.ndarray | None, field: Field | None) -> dict[str, float]:
+    """One number for each of `CHECKS`, from a slice (uint8, height × width), the mask of its coloured pixels (bool) and its lungs; None
+    where there are none, and then of the measures of the chest `lungs` alone fails.
+
+    unreadable: pixels of the square around it. blank: standard deviation in greys. small: pixels on the short side. aspect: long side by short side. lungs, colour:
+    share of the picture, 0..1. hull: share of the body that is the inside of the chest, 0..1. pieces: number of lungs. texture: standard
+    deviation of the greys in the lungs by their contrast to the tissue around. stray: share of the tissue outside of the body, 0..1. gas:
+    the same as texture, inside the lungs' outlines alone, or a quarter of their share of the body if that is more. strokes: length as a share of the long side. frame: sides, 0..4. text: letters in a row.
     blur: detail as a share of contrast. noise: standard deviation in greys."""
     height, width = pixels.shape
     frame, text = _edges(pixels)
     return {
-        "blank": float(pixels[::2, ::2].std()), "small": float(min(height, width)), "aspect": max(height, width) / min(height, width),
-        "lungs": 0.0 if lungs is None else float(lungs.mean()), "colour": 0.0 if colour is None else float(colour.mean()),
+        "unreadable": float(max(height, width) ** 2), "blank": float(pixels[::2, ::2].std()), "small": float(min(height, width)),
+        "aspect": max(height, width) / min(height, width), **_chest(field), "colour": 0.0 if colour is None else float(colour.mean()),
         "strokes": _strokes(pixels), "frame": float(frame), "text": float(text), "blur": _detail(pixels), "noise": _noise(pixels),
     }
 

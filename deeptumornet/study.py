@@ -33,10 +33,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # %% auto #0
-__all__ = ['PROFILES', 'STAGES', 'StudyError', 'project_root', 'check_params', 'load_params', 'sweep', 'atomic', 'write_json',
-           'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'weights_file', 'weights_told',
-           'record_weights', 'with_weights', 'save_figure', 'progress', 'time_left', 'code_revision', 'tracked',
-           'run_notebook']
+__all__ = ['PROFILES', 'STAGES', 'QUALITY', 'StudyError', 'project_root', 'check_params', 'load_params', 'sweep', 'atomic',
+           'write_json', 'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'weights_file',
+           'weights_told', 'record_weights', 'with_weights', 'save_figure', 'progress', 'time_left', 'code_revision',
+           'tracked', 'run_notebook']
 
 # %% ../nbs/00_study.ipynb #c005
 class StudyError(Exception):
@@ -51,6 +51,12 @@ _CHOICES = {
     ("train", "optimizer"): ("adam", "adamw", "rmsprop"), ("train", "schedule"): ("constant", "cosine"),
     ("train", "class_weight"): ("none", "balanced"), ("tune", "searches"): ("grid", "random", "bayesian", "hyperband"),
 }
+
+
+_COLLECT = ("source", "folders", "patients", "slices_per_patient", "series", "annotations")
+QUALITY = ("unreadable", "blank", "small", "aspect", "lungs", "hull", "pieces", "texture", "stray", "gas", "colour", "strokes", "frame", "text",
+           "blur", "noise")
+"The checks of 02b_quality"
 
 
 def project_root(start: Path | str = ".") -> Path:
@@ -86,6 +92,12 @@ def check_params(params: dict, root: Path) -> dict:
     for stage in STAGES:
         if not isinstance(profile.get(stage), dict):
             raise StudyError(f"params.yaml: profile {params['profile']!r} has no block {stage!r}; add it")
+    for key in profile["collect"]:
+        if key not in _COLLECT:
+            raise wrong("line in collect", key, _COLLECT)
+    if not isinstance(profile["collect"].get("source"), str) or not profile["collect"]["source"]:
+        raise StudyError("params.yaml: collect.source is missing; write phantom, kaggle, tcia, nih, or the path of a folder, CSV, zip or tar archive")
+    _check_quality(params["quality"], wrong)
     for (stage, key), allowed in _CHOICES.items():
         value = profile[stage].get(key)
         for one in value or [value] if isinstance(value, list) else [value]:
@@ -122,6 +134,19 @@ def _check_learning(profile: dict) -> None:
             raise StudyError(f"params.yaml: tune.depths {depth!r} is unknown; choose 0 (the head alone), 1, 2 (from the network's first or second cut)")
     if profile["finetune"].get("networks") and not profile["finetune"]["epochs"] > 0:
         raise StudyError("params.yaml: finetune.epochs must be 1 at least where finetune.networks names a network; or write networks: []")
+
+
+def _check_quality(quality: Any, wrong: Any) -> None:
+    if not isinstance(quality, dict):
+        raise StudyError(f"params.yaml: quality {quality!r} must hold a line for each check, such as blank: {{limit: 8, action: exclude}}")
+    for check, rule in quality.items():
+        if check not in QUALITY:
+            raise wrong("check in quality", check, QUALITY)
+        if not isinstance(rule, dict) or set(rule) != {"limit", "action"} or isinstance(rule["limit"], bool) or not isinstance(rule["limit"], (int, float)):
+            raise StudyError(f"params.yaml: quality.{check} is {rule!r}; write a number and what is to be done, as in {{limit: 8, action: exclude}}")
+        allowed = ("exclude",) if check == "unreadable" else ("exclude", "flag")
+        if rule["action"] not in allowed:
+            raise wrong(f"action in quality.{check}", rule["action"], allowed)
 
 
 def load_params(root: Path) -> dict:

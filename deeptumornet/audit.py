@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from .groups import check_groups, group_folds, random_split, readable
+from .groups import check_groups, group_folds, near_pairs, random_split, readable
 from .metrics import group_weights, weighted_auc
 from .study import StudyError
 
@@ -142,13 +142,15 @@ def _conflicts(seen: pd.DataFrame) -> list[str]:
 
 # %% ../nbs/02d_audit.ipynb #c025
 KINDS = {"exact copy": "^exact copy", "label conflict": "^label conflict",
-         "unreadable": "damaged|cut short|not a PNG|cannot be read|too large|too many",
-         "another kind of picture": "localizer|not CT|not axial|colour picture|burned-in by its header"}
+         "unreadable": "damaged|cut short|not a PNG|cannot be read|too large|too many|contradicts|no decoder",
+         "another kind of picture": "a localizer|a screen capture|a projection|not CT|not a CT slice|not an axial|a colour picture|burned into its pixels|"
+                                    "not Hounsfield|Hounsfield units are unknown|no finite Hounsfield"}
 "Kinds of reasons for which a file is set aside, and what their sentences hold; other sentences are counted as quality"
 
 
 def audit(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int) -> dict:
-    """What the data set is worth, as a JSON-ready dictionary: n_files, n_distinct, classes, label_conflicts, baselines, leakage,
+    """What the data set is worth, as a JSON-ready dictionary: n_files, n_distinct, classes, label_conflicts, near_conflicts (pairs of near copies,
+    by `near_pairs` with 4 bits, of two labels; reported, not set aside, for neighbouring slices may rightly differ), baselines, leakage,
     excluded (kind of reason: files) and the verdict in words.
 
     `manifest` has path, label, image_id ("" unreadable), width, height, mode, format, file_bytes, border, sharpness,
@@ -170,9 +172,21 @@ def audit(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int) -> dict:
     kinds = pd.Series(np.select([reasons.str.contains(words) for words in KINDS.values()], list(KINDS), "quality"), dtype=str)
     rows = readable(manifest)
     report = {"n_files": len(manifest), "n_distinct": int(seen["image_id"].nunique()), "classes": classes,
-              "label_conflicts": conflicts, "baselines": baselines(manifest, thumbnails, seed), "leakage": _leakage(rows, seed),
+              "label_conflicts": conflicts, "near_conflicts": _near_conflicts(seen), "baselines": baselines(manifest, thumbnails, seed), "leakage": _leakage(rows, seed),
               "excluded": {kind: int(count) for kind, count in kinds.value_counts().items()}}
     return {**report, "verdict": verdict(report)}
+
+
+def _near_conflicts(seen: pd.DataFrame) -> list[dict]:
+    "As label_conflicts, of pictures whose hashes are near and not the same picture; empty where `seen` has no hashes"
+    if "phash" not in seen:
+        return []
+    shown = seen[seen["phash"] != ""].drop_duplicates(["phash", "dhash", "label"])
+    both = np.array([[int(h, 16) for h in shown[column]] for column in ("phash", "dhash")], np.uint64).reshape(2, -1)
+    path, label, picture = (shown[column].to_numpy(str) for column in ("path", "label", "image_id"))
+    pairs = {tuple(sorted(pair)) for a, b in near_pairs(*both, 4) for torn in [(label[a] != label[b]) & (picture[a] != picture[b])]
+             for pair in zip(a[torn].tolist(), b[torn].tolist(), strict=True)}
+    return [{"files": [str(path[k]) for k in pair], "labels": sorted({str(label[k]) for k in pair})} for pair in sorted(pairs)]
 
 
 def _leakage(rows: pd.DataFrame, seed: int) -> dict:
@@ -205,6 +219,9 @@ def verdict(report: Mapping) -> str:
         files = _and([" = ".join(conflict["files"]) for conflict in report["label_conflicts"][:3]])
         carry = "1 picture carries" if len(report["label_conflicts"]) == 1 else f"{len(report['label_conflicts'])} pictures carry"
         said.append(f"{carry} more than one label, and must be set aside: {files}.")
+    if near := report["near_conflicts"]:
+        said.append(f"{len(near)} pair{'s' * (len(near) > 1)} of near copies carry different labels: look at {' = '.join(near[0]['files'])}"
+                    f"{' first' * (len(near) > 1)}.")
     whys = {kinds["grouped"]["why"].split(":")[0] for kinds in report["baselines"].values() if "why" in kinds["grouped"]}
     said += [f"Grouped folds cannot be made: {why}." for why in sorted(whys)]
     trouble = len(said) > 1
@@ -243,6 +260,8 @@ def text(report: Mapping) -> str:
     lines.append(f"set aside: {', '.join(f'{kind} {count:,}' for kind, count in report['excluded'].items()) or 'nothing'}")
     conflicts = report["label_conflicts"]
     lines += [f"more than one label ({len(conflicts)}): {' = '.join(Path(file).name for file in one['files'])}" for one in conflicts[:1]]
+    near = report["near_conflicts"]
+    lines += [f"near copies of two labels ({len(near)}): {' = '.join(Path(file).name for file in one['files'])}" for one in near[:1]]
     return "\n".join(lines)
 
 
@@ -346,23 +365,27 @@ def _finding(report: Mapping) -> str:
 
 # %% ../nbs/02d_audit.ipynb #c037
 ORIGINS = {
-    "phantom": ("Drawn by this project (notebook 01a_phantom). No person is shown.", "Apache-2.0, as the project."),
+    "phantom": ("Drawn by this project (notebook 01a_phantom). No person is shown.", "Apache-2.0, as the project.", "needless, they are drawn"),
     "kaggle": ("Chest CT-Scan images Dataset, Kaggle mohamedhanyyy/chest-ctscan-images. Its pictures were collected from several places; "
-               "it names no patients, scanners or hospitals.", "Not verified: different sources state ODbL and CC0. Do not redistribute."),
+               "it names no patients, scanners or hospitals.", "Not verified: different sources state ODbL and CC0. Do not redistribute.",
+               "by the MD5 that the server names for the archive, each copy by its SHA-256"),
     "tcia": ("The Cancer Imaging Archive, by default Lung-PET-CT-Dx, doi:10.7937/TCIA.2020.NNC20461.",
-             "Lung-PET-CT-Dx: CC BY 4.0. Another collection: as its page in the archive says."),
+             "Lung-PET-CT-Dx: CC BY 4.0. Another collection: as its page in the archive says.",
+             "by the MD5 of each picture in its series' zip; tumour boxes by their zip's CRC-32"),
     "nih": ("NCI Imaging Data Commons of the National Institutes of Health, chosen by idc-index.",
-            "As the index says of each series, most often CC BY."),
+            "As the index says of each series, most often CC BY.", "by the MD5 in each object's ETag"),
 }
-"What is known of each source: where it comes from, and its licence"
-_UNKNOWN = ("A folder that was given; nothing else is known of it.", "Not known: ask who gave it.")
+"What is known of each source: where it comes from, its licence, and how its files were verified"
+_UNKNOWN = ("A folder that was given; nothing else is known of it.", "Not known: ask who gave it.",
+            "by comparing each copy's SHA-256 with the original's; nobody said what the original should be")
 
 
-def datasheet(manifest: pd.DataFrame, report: Mapping, preparation: str) -> str:
+def datasheet(manifest: pd.DataFrame, report: Mapping, preparation: str, licences: Sequence[str] = ()) -> str:
     """The datasheet of the data set in Markdown: motivation, provenance, licence, composition, collection, preprocessing, uses.
 
     `manifest` as for `audit`, with `source` (a key of `ORIGINS`, or a folder's name) where it is known; `report` from
-    `audit`; `preparation` says in a sentence how slices were prepared."""
+    `audit`; `preparation` says in a sentence how slices were prepared; `licences` are those that the source names for its series. The flow
+    chart flow.png is to stand beside it."""
     counts = steps(manifest)
     names = manifest["source"].unique() if "source" in manifest else ["folder"]
     kept = manifest[manifest["status"] == "kept"]
@@ -377,15 +400,18 @@ def datasheet(manifest: pd.DataFrame, report: Mapping, preparation: str) -> str:
         "# Datasheet", "",
         "## Motivation",
         "To tell lung CT slices of the classes below apart, and to find out what such a score is worth.", "",
-        "## Provenance and licence", *(f"- {name}: {where} Licence: {licence}" for name, (where, licence) in origins.items()), "",
+        "## Provenance and licence", *(f"- {name}: {where} Licence: {licence}" for name, (where, licence, _) in origins.items()),
+        *([f"- The source names for the series that were taken: {_and(list(licences))}."] if licences else []), "",
         "## Composition",
         f"One 8-bit grey picture of an axial slice each; {_and(list(counts))}. Formats kept: {formats}. The patient is known for {named:,} "
         f"of {len(kept):,} kept slices; the others are grouped by likeness. A picture counts once in each class it stands in.", "",
-        *header, *lines, "",
+        *header, *lines, "", "[The same as a flow chart](flow.png)", "",
         f"Files set aside, by reason: {reasons}. Nothing was deleted: each file has its row in the manifest.", "",
         "## Collection",
-        "Fetched by notebook 01_collection, verified by checksum, identifiers kept only as salted hashes. Who was scanned, when, and with "
-        "whose consent: see the source; this project has asked no one.", "",
+        "Fetched by notebook 01_collection. " + " ".join(f"{name}: verified {how}." for name, (_, _, how) in origins.items()) + " Identifiers of "
+        "patients, series and slices are kept only as hashes with a secret salt; DICOM files are written anew without the rest, their pixels byte "
+        "for byte. What was downloaded stays in .cache/downloads with the archive's own tags: git ignores it, no later stage reads it, and it is "
+        "not to be passed on. Who was scanned, when, and with whose consent: see the source; this project has asked no one.", "",
         "## Preprocessing", preparation, "",
         "## Uses",
         "Research and teaching. Not for diagnosis.", "", report["verdict"], ""])

@@ -23,8 +23,8 @@ from pathlib import Path
 from .study import StudyError, open_study, project_root, read_json, record_weights, run_notebook, sha256
 
 # %% auto #0
-__all__ = ['AUDITED', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'Keeper', 'serve',
-           'parser', 'main']
+__all__ = ['AUDITED', 'BLANK', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'Keeper',
+           'serve', 'parser', 'main']
 
 # %% ../nbs/13_commands.ipynb #c006
 def _end_with_parent(parent: int) -> None:
@@ -52,23 +52,35 @@ def work() -> int:
 # %% ../nbs/13_commands.ipynb #c010
 AUDITED = {"size": 80, "normalise": "scaling", "hash_bits": 4, "correlation": 0.75}
 "How the slices of a folder are grouped: near copies by 4 of 64 bits in both hashes, neighbours by correlation of the lung fields (`02c_groups`)"
+BLANK = {"blank": {"limit": 8, "action": "exclude"}}
+"The one check of a folder that has no params.yaml, as there: a blank picture shows no slice. Others are a study's to choose."
 
 
 def audit_folder(folder: Path, seed: int = 0) -> dict:
-    "The audit of `folder`, whose sub-folders are classes, as `audit.audit` gives it. StudyError where there are none or they hold no slice."
+    """The audit of `folder`, whose sub-folders are classes, as `audit.audit` gives it; a folder that holds but another with sub-folders stands for
+    that. StudyError where there are none, one is empty, or they hold no slice."""
     from deeptumornet.audit import audit
     from deeptumornet.collection import catalogue
     from deeptumornet.preprocessing import complete, examine
 
     if not folder.is_dir():
         raise StudyError(f"{folder} is not a folder: name one with a sub-folder of slices for each class")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    while len(only := _entries(folder)) == 1 and only[0].is_dir() and any(p.is_dir() for p in _entries(only[0])):
+        folder = only[0]
+    classes = [p.name for p in _entries(folder) if p.is_dir()]
     found = catalogue(folder, classes, "folder", prefix=".")
     if found.empty:
         raise StudyError(f"{folder} has no sub-folder with files: put the slices of each class into a sub-folder of its name")
+    if missing := set(classes) - set(found["label"]):
+        raise StudyError(f"class {min(missing)!r} has no file in {folder}: put its slices there, or take the sub-folder away")
     found["path"] = found["path"].str.removeprefix("./")
-    manifest, thumbnails, fields = examine(found, folder, AUDITED, {})
+    manifest, thumbnails, fields = examine(found, folder, AUDITED, BLANK)
+    manifest.loc[manifest["flags"] == "blank", "image_id"] = ""
     return audit(complete(manifest, fields, AUDITED), thumbnails, seed)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__")))
 
 # %% ../nbs/13_commands.ipynb #c014
 def exported(champion: Path | None) -> Path:

@@ -96,7 +96,8 @@ def choose_strength(x: np.ndarray, rows: pd.DataFrame, seed: int, repeats: int =
 # %% ../nbs/08b_external.ipynb #c012
 def external(train: Path, test: Path, positive: Sequence[str], negative: Sequence[str], weights: Path, seed: int = 0) -> dict:
     """What a classifier fitted on the folder `train` reaches on the folder `test`, JSON-ready: auc with low and high (95 %, bootstrap over groups),
-    balanced_accuracy, n, n_groups, n_excluded, the same for each baseline, the AUC inside the training folder and a verdict.
+    balanced_accuracy with balanced_accuracy_low and balanced_accuracy_high, n, n_groups, n_excluded, {value, low, high} of both for each baseline,
+    the AUC in grouped folds of the training folder, for each block of LAYERS too, and a verdict.
 
     `positive` and `negative` are beginnings of sub-folder names. Raises StudyError for folders or weights that do not serve."""
     weights = Path(weights)
@@ -126,7 +127,9 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
         fit, model = baseline(name, rows, seen)
         others[name] = score(model, fit, baseline(name, tested, tested_seen)[0])
     report = {"auc": result["auc"]["value"], "low": result["auc"]["low"], "high": result["auc"]["high"], "n": result["n"],
-              "n_groups": result["n_groups"], "n_excluded": excluded, "balanced_accuracy": result["balanced_accuracy"],
+              "balanced_accuracy": result["balanced_accuracy"]["value"],
+              **{f"balanced_accuracy_{k}": result["balanced_accuracy"][k] for k in ("low", "high")},
+              "n_groups": result["n_groups"], "n_excluded": excluded,
               "baselines": others, "train": {"n": len(rows), "n_groups": int(rows["group"].nunique()), "auc_grouped_folds": inside[strength]},
               "strength": strength, "layer": LAYER, "weights": weights.name, "normalise": SETTINGS["normalise"]}
     return report | {"verdict": verdict(report)}
@@ -148,7 +151,7 @@ def verdict(report: dict) -> str:
 
 def text(report: dict) -> str:
     "The report for a reader at a terminal"
-    accuracy = report["balanced_accuracy"]
+    accuracy = {k: report[v] for k, v in (("value", "balanced_accuracy"), ("low", "balanced_accuracy_low"), ("high", "balanced_accuracy_high"))}
     lines = [f"{'on the other source':24}{'AUC':>22}{'balanced accuracy':>26}"]
     table = {"network, frozen": {"auc": {k: report[v] for k, v in (("value", "auc"), ("low", "low"), ("high", "high"))}, "balanced_accuracy": accuracy}}
     for name, found in (table | {BASELINES[name]: found for name, found in report["baselines"].items()}).items():

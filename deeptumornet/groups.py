@@ -126,11 +126,13 @@ def field_pairs(fields: np.ndarray, correlation: float, together: Joined, unknow
         return
     rng = np.random.default_rng(0)
     planes = rng.normal(size=(fields.shape[1], _BITS)).astype(np.float32)
-    signs = np.concatenate([fields[at[start:start + 4096]] @ planes > 0 for start in range(0, len(at), 4096)])
-    sketch = np.packbits(signs, axis=1).view(np.uint64)
+    packed = np.concatenate([np.packbits(fields[at[start:start + 4096]] @ planes > 0, axis=1) for start in range(0, len(at), 4096)])
+    sketch = packed.view(np.uint64)
     for _ in range(_ROUNDS):
-        shuffled = np.ascontiguousarray(signs[:, rng.permutation(_BITS)[:64]])
-        order = np.argsort(np.packbits(shuffled, axis=1).view(">u8")[:, 0], kind="stable")
+        shuffled = np.zeros(len(at), np.uint64)
+        for bit in rng.permutation(_BITS)[:64]:
+            shuffled = shuffled << np.uint64(1) | (packed[:, bit // 8] >> np.uint8(7 - bit % 8) & np.uint8(1))
+        order = np.argsort(shuffled, kind="stable")
         here, words = at[order], sketch[order].T.copy()
         component, new = together.settle()[here], unknown[here]
         for step in range(1, min(_NEXT, len(here) - 1) + 1):
@@ -181,21 +183,20 @@ def group(table: pd.DataFrame, bits: int, fields: np.ndarray, correlation: float
     where the fields are not as many as the rows."""
     if len(fields) != len(table):
         raise StudyError(f"{len(fields)} lung fields stand for {len(table)} slices: give one row for each, NaN where there is none")
-    read = (table["image_id"] != "").to_numpy()
-    slices, fields = table[read], fields[read]
-    patient, picture = slices["patient_id"].to_numpy(str), slices["image_id"].to_numpy(str)
-    unknown = patient == ""
-    together = Joined(len(slices))
-    first = pd.Series(np.arange(len(slices))).groupby(np.where(unknown, picture, np.char.add("patient ", patient))).transform("first")
-    together.join(np.arange(len(slices)), first.to_numpy())
-    _join_copies(slices, unknown, bits, together)
-    placed = pd.Series(~unknown).groupby(together.settle()).transform("any").to_numpy()
-    field_pairs(fields, correlation, together, ~placed)
+    read = (table["image_id"] != "").to_numpy()  # what is not read is joined to nothing, and no field is copied to leave it out
+    unknown = ((table["patient_id"] == "") & read).to_numpy()
+    together = Joined(len(table))
+    rows = np.flatnonzero(read)
+    member = table["image_id"].where(unknown, "patient " + table["patient_id"]).iloc[rows]
+    together.join(rows, pd.Series(rows).groupby(member.to_numpy()).transform("first").to_numpy())
+    _join_copies(table, unknown, bits, together)
+    placed = pd.Series(read & ~unknown).groupby(together.settle()).transform("any").to_numpy()
+    field_pairs(fields, correlation, together, read & ~placed)
     component = together.settle()
-    names = slices["image_id"].str[:12].groupby(component).first()
+    names = table["image_id"].str[:12].iloc[rows].groupby(component[rows]).first()
     again = names.groupby(names).cumcount().astype(str)
     names = names.where(again == "0", names + "-" + again)
-    return pd.Series(names[component].to_numpy(), slices.index).reindex(table.index, fill_value="")
+    return pd.Series(component, table.index).map(names).where(read, "")
 
 
 def _join_copies(slices: pd.DataFrame, unknown: np.ndarray, bits: int, together: Joined) -> None:

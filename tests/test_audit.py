@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,13 +15,14 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from deeptumornet import audit as a
+from deeptumornet.dicom import write_dicom
 from deeptumornet.groups import field, group, hashes, mark_copies
 from deeptumornet.lungs import standardise
 from deeptumornet.preprocessing import read_slice
 from deeptumornet.study import StudyError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared/data/chest_ct_kaggle/Data/train"
-KEYS = ["n_files", "n_distinct", "classes", "label_conflicts", "baselines", "leakage", "excluded", "verdict"]
+KEYS = ["n_files", "n_distinct", "classes", "label_conflicts", "near_conflicts", "baselines", "leakage", "excluded", "verdict"]
 
 
 def made(n: int, classes=("x", "y"), per_group: int = 3, seed: int = 0, **columns) -> tuple[pd.DataFrame, np.ndarray]:
@@ -109,6 +111,29 @@ def test_nothing_readable_is_one_sentence():
     table, thumbnails = made(4, image_id="", status="excluded", reason="a.png is damaged", group="")
     with pytest.raises(StudyError, match="none of the 4 files shows a slice: give a folder"):
         a.audit(table, thumbnails, 0)
+
+
+OTHER = "another kind of picture"
+
+
+@pytest.mark.parametrize(("kind", "tags"), [
+    (OTHER, {"Modality": "MR"}), (OTHER, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}), (OTHER, {"RescaleType": "Z_EFF"}),
+    (OTHER, {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}), (OTHER, {"BurnedInAnnotation": "YES"}),
+    (OTHER, {"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}), (OTHER, {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}),
+    ("unreadable", {"Rows": None}), ("quality", None),
+])
+def test_each_reason_is_counted_as_what_it_is(kind, tags, tmp_path):
+    write_dicom(tmp_path / "a.dcm", np.zeros((16, 16), np.float32), "p", 0.0, 1.0, "s")
+    if tags is not None:
+        data = pydicom.dcmread(tmp_path / "a.dcm")
+        for name, value in tags.items():
+            setattr(data, name, value)
+        data.save_as(tmp_path / "a.dcm")
+    with pytest.raises(StudyError) as refused:
+        read_slice(tmp_path / "a.dcm", "a.dcm")
+    table, thumbnails = made(60)
+    table.loc[0, ["status", "reason"]] = "excluded", str(refused.value)
+    assert a.audit(table, thumbnails, 0)["excluded"] == {kind: 1}, refused.value
 
 
 STATES = ["kept", "kept", "kept", "blurred", "unreadable"]

@@ -375,6 +375,8 @@ ORIGINS = {
     "nih": ("NCI Imaging Data Commons of the National Institutes of Health, chosen by idc-index.",
             "As the index says of each series, most often CC BY.", "by the MD5 in each object's ETag"),
 }
+ORIGINS |= {name: (f"{ORIGINS[name][0]} In Lung-PET-CT-Dx nobody is healthy: unless params.yaml names patients for it, class normal is slices of the same "
+                   "patients 20 mm or more from each tumour box, free of a drawn tumour, not of disease.", *ORIGINS[name][1:]) for name in ("tcia", "nih")}
 "What is known of each source: where it comes from, its licence, and how its files were verified"
 _UNKNOWN = ("A folder that was given; nothing else is known of it.", "Not known: ask who gave it.",
             "by comparing each copy's SHA-256 with the original's; nobody said what the original should be")

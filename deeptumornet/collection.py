@@ -29,9 +29,10 @@ from .phantom import draw_patient, slice_hu
 from .study import Study, StudyError, atomic, progress, sha256, write_csv, write_json
 
 # %% auto #0
-__all__ = ['BOX', 'KAGGLE', 'LETTERS', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'PHANTOM_SALT', 'write_boxes', 'phantoms',
-           'class_rows', 'csv_rows', 'local_rows', 'kaggle', 'patient_patterns', 'choose_series', 'tumour_slices',
-           'series_rows', 'tcia', 'idc_series', 'nih', 'names_patients', 'store', 'catalogue', 'salt_of', 'collect']
+__all__ = ['BOX', 'KAGGLE', 'LETTERS', 'SERIES', 'FREE', 'MONITORING', 'BOXES', 'TCIA', 'S3', 'PHANTOM_SALT', 'write_boxes',
+           'phantoms', 'class_rows', 'csv_rows', 'local_rows', 'kaggle', 'patient_patterns', 'free_label',
+           'choose_series', 'tumour_slices', 'series_rows', 'tcia', 'idc_series', 'nih', 'names_patients', 'store',
+           'catalogue', 'salt_of', 'collect']
 
 # %% ../nbs/01_collection.ipynb #c007
 BOX = ("box_top", "box_left", "box_bottom", "box_right")
@@ -227,6 +228,10 @@ def kaggle(cache: Path) -> Path:
 # %% ../nbs/01_collection.ipynb #c013
 LETTERS = {"adeno": "A", "smallcell": "B", "largecell": "E", "squamous": "G"}
 "The diagnosis in a patient's name, after Li et al. 2020, Lung-PET-CT-Dx, doi:10.7937/TCIA.2020.NNC20461"
+SERIES = 100
+"At most so many series of a class are taken where `collect.series` says nothing: some 15 GB"
+FREE = 20.0
+"Millimetres that a slice without a tumour is away from the next tumour box"
 MONITORING = 10
 "A series of fewer slices is a localizer or a monitoring scan: a patient's others come first"
 
@@ -242,6 +247,12 @@ def patient_patterns(classes: list[str], folders: dict[str, str], collection: st
         known = [f"Lung_Dx-{letter}*" for stem, letter in LETTERS.items() if plain.startswith(stem)]
         return known[0] if known and _is_lung_dx(collection) else label
     return {label: folders.get(label) or letter(label) for label in classes}
+
+
+def free_label(classes: list[str], folders: dict[str, str], collection: str) -> str | None:
+    """The class `normal` where it is to be made of tumour-free slices of the same patients: in Lung-PET-CT-Dx, where nobody is healthy, unless
+    `folders` names its patients"""
+    return next((label for label in classes if label.lower() == "normal" and label not in folders and _is_lung_dx(collection)), None)
 
 
 def choose_series(series: pd.DataFrame, patterns: dict[str, str], most: int | None, seed: int, collection: str) -> pd.DataFrame:
@@ -305,13 +316,33 @@ def tumour_slices(annotations: str | None, collection: str, root: Path, cache: P
     return boxes
 
 
-def series_rows(series: dict, files: Iterable[Path], boxes: Mapping[str, list] | None) -> Iterator[dict]:
-    "A row for each DICOM file of a chosen `series` that `boxes` asks for"
-    for number, file in enumerate(sorted(files)):
-        found = None if boxes is None else boxes.get(describe(file, file.name).sop_uid)
-        if boxes is None or found:
-            yield {"file": file, "path": f"{series['label']}/{series['patient']}/{series['series']}/{number:04d}.dcm", "label": series["label"],
-                   "licence": series["licence"], "boxes": found or []}
+def series_rows(series: dict, files: Iterable[Path], boxes: Mapping[str, list] | None, free: str | None = None) -> Iterator[dict]:
+    """A row for each DICOM file of a chosen `series` that `boxes` asks for; of class `free`, if any, for as many slices that are FREE mm or more
+    from each box, evenly spread over the scan"""
+    files = sorted(files)
+    headers = [describe(file, file.name) for file in files]
+    labels = {k: series["label"] for k, header in enumerate(headers) if boxes is None or header.sop_uid in boxes}
+    if free:
+        place = {k: header.position for k, header in enumerate(headers) if header.position is not None}
+        far = sorted((k for k in place if all(abs(place[k] - place[box]) >= FREE for box in labels if box in place)), key=place.get)
+        labels |= {far[k]: free for k in np.linspace(0, len(far) - 1, min(len(far), len(labels))).round().astype(int)}
+    for number, label in sorted(labels.items()):
+        yield {"file": files[number], "path": f"{label}/{series['patient']}/{series['series']}/{number:04d}.dcm", "label": label,
+               "licence": series["licence"], "boxes": (boxes or {}).get(headers[number].sop_uid, [])}
+
+
+def _chosen(series: pd.DataFrame, collection: str, study: Study, cache: Path, scratch: Path) -> tuple[pd.DataFrame, dict | None, str | None]:
+    "The series of `collection` to be fetched, the tumour boxes (None: all slices are taken), and the class of slices far from each box, if any"
+    settings = study["collect"]
+    folders = settings.get("folders") or {}
+    patterns = patient_patterns(study.classes, folders, collection)
+    if free := free_label(study.classes, folders, collection):
+        if settings.get("annotations") == "none":
+            raise StudyError(f"{collection} has no healthy patients, so slices of class {free!r} are those far from each tumour box, and "
+                             "collect.annotations is none: take that line away, or name classes of its patients: " + ", ".join(LETTERS))
+        del patterns[free]
+    chosen = choose_series(series, patterns, settings.get("series", SERIES), study.seed, collection)
+    return chosen, tumour_slices(settings.get("annotations"), collection, study.root, cache, scratch), free
 
 # %% ../nbs/01_collection.ipynb #c019
 TCIA = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
@@ -328,19 +359,16 @@ def _series_table(answer: bytes) -> pd.DataFrame:
 
 def tcia(collection: str, study: Study, cache: Path, scratch: Path) -> Iterator[dict]:
     "A row for each chosen slice of a TCIA `collection`, its series fetched to `cache` one by one. Raises StudyError as `persist` does"
-    settings = study["collect"]
     remote = Remote("The Cancer Imaging Archive", os.environ.get("DEEPTUMORNET_TCIA_URL", TCIA),
                     "the collection needs a token, or yours has expired; fetch one as TCIA's REST guide says and put it into "
                     "DEEPTUMORNET_TCIA_TOKEN", os.environ.get("DEEPTUMORNET_TCIA_TOKEN", ""))
     series = remote.read("getSeries", _series_table, Collection=collection, Modality="CT", format="json")
-    patterns = patient_patterns(study.classes, settings.get("folders", {}), collection)
-    chosen = choose_series(series, patterns, settings.get("series"), study.seed, collection)
-    boxes = tumour_slices(settings.get("annotations"), collection, study.root, cache, scratch)
+    chosen, boxes, free = _chosen(series, collection, study, cache, scratch)
     for row in progress(chosen.to_dict("records"), "series"):
         archive = remote.download("getImageWithMD5Hash", cache / f"{row['series']}.zip", partial(wrong_series, count=row["count"]),
                                   SeriesInstanceUID=row["series"])
         extract(archive, scratch / row["series"])
-        yield from series_rows(row, (scratch / row["series"]).rglob("*.dcm"), boxes)
+        yield from series_rows(row, (scratch / row["series"]).rglob("*.dcm"), boxes, free)
         shutil.rmtree(scratch / row["series"])
 
 # %% ../nbs/01_collection.ipynb #c021
@@ -367,10 +395,7 @@ def idc_series(collection: str) -> pd.DataFrame:
 
 def nih(collection: str, study: Study, cache: Path, scratch: Path) -> Iterator[dict]:
     "A row for each chosen slice of an IDC `collection`, fetched to `cache`. Raises StudyError as `persist` does"
-    settings = study["collect"]
-    patterns = patient_patterns(study.classes, settings.get("folders", {}), collection)
-    chosen = choose_series(idc_series(collection), patterns, settings.get("series"), study.seed, collection)
-    boxes = tumour_slices(settings.get("annotations"), collection, study.root, cache, scratch)
+    chosen, boxes, free = _chosen(idc_series(collection), collection, study, cache, scratch)
     remote = Remote("the Imaging Data Commons", os.environ.get("DEEPTUMORNET_IDC_URL", S3),
                     "the series has moved; get the newest index by `pip install --upgrade idc-index`")
 
@@ -385,7 +410,7 @@ def nih(collection: str, study: Study, cache: Path, scratch: Path) -> Iterator[d
                 raise StudyError(f"the Imaging Data Commons has {len(found)} slices of series {row['series']}, its index {row['count']}: "
                                  "get the newest index by `pip install --upgrade idc-index` and run again")
             files = list(pool.map(partial(fetch, bucket=row["bucket"]), found))
-            yield from series_rows(row, files, boxes)
+            yield from series_rows(row, files, boxes, free)
 
 # %% ../nbs/01_collection.ipynb #c025
 def _is_dicom(file: Path) -> bool:
@@ -517,7 +542,7 @@ def collect(study: Study) -> pd.DataFrame:
             source = "folder"
         for label in study.classes:
             if not (folder / label).is_dir():
-                raise StudyError(f"class {label!r} has no slice with a tumour box: raise collect.series, or write none in "
+                raise StudyError(f"class {label!r} has no slice with a tumour box, or none far from one: raise collect.series, or write none in "
                                  "collect.annotations")
         if known is not None:
             write_boxes(((path, box) for path, row in known.items() for box in row["boxes"]), folder)

@@ -142,6 +142,8 @@ class Nbia(Archive):
         self.slices["1.3"]["00000004.dcm"] = dicom_bytes("Lung_Dx-G0001", "1.3", 99, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
 
     def answer(self, path, query):
+        if path == "/boxes.zip":
+            return self.boxes, True, {}
         if path.endswith("/getSeries"):
             rows = [{"SeriesInstanceUID": uid, "PatientID": patient, "Modality": modality, "ImageCount": str(len(self.slices[uid])),
                      "LicenseName": "CC BY 4.0"} for uid, (patient, modality) in self.series.items()]
@@ -381,11 +383,33 @@ def test_tcia_takes_ct_by_the_letter_and_hides_who_it_is(remote):
     for path in [*study.raw.rglob("*"), study.catalogue]:
         assert "Lung_Dx" not in str(path) and (path.is_dir() or b"Lung_Dx" not in path.read_bytes())
     assert json.loads((study.raw / "provenance.json").read_text())["licences"] == ["CC BY 4.0"]
-    with pytest.raises(StudyError, match=r"class 'normal' has no CT series in Lung-PET-CT-Dx \(.* 'normal'; there are Lung_Dx-A0001"):
+    with pytest.raises(StudyError, match=r"class 'healthy' has no CT series in Lung-PET-CT-Dx \(.* 'healthy'; there are Lung_Dx-A0001"):
+        collect(study_on("tcia", study.workspace, classes=["healthy", "adenocarcinoma"], annotations="none"))
+    with pytest.raises(StudyError, match=r"has no healthy patients, .*annotations is none: take that line away, .* adeno, smallcell"):
         collect(study_on("tcia", study.workspace, classes=["normal", "adenocarcinoma"], annotations="none"))
     with pytest.raises(StudyError, match=r"has no CT series in Lung-Nothing .*there are none"):
         collect(study_on("tcia:Lung-Nothing", study.workspace))
     assert len(collect(study_on("tcia", study.workspace, series=1, annotations="none"))) == 9
+
+
+@pytest.mark.parametrize("remote", ["tcia"], indirect=True)
+def test_tcia_in_one_line_has_the_classes_that_the_study_ships_with(remote, monkeypatch):
+    """Boxes come over HTTP, cut once; normal slices are those far from each box, of the same patients."""
+    server, study = remote
+    buffer = io.BytesIO()
+    boxed = [pydicom.dcmread(io.BytesIO(server.slices[series]["00000000.dcm"])).SOPInstanceUID for series in ("1.1", "1.2")]
+    with zipfile.ZipFile(buffer, "w") as whole:
+        for uid in boxed:
+            whole.writestr(f"boxes/{uid}.xml", BOX_FILE)
+    server.boxes = buffer.getvalue()
+    monkeypatch.setattr(collection, "BOXES", f"{server.url}/boxes.zip")
+    server.faults = ["cut"]
+    study = study_on("tcia", study.workspace, classes=["normal", "adenocarcinoma"])
+    table = collect(study)
+    assert [path for path, _ in server.log].count("/boxes.zip") == 2
+    position = table["path"].map(lambda p: float(pydicom.dcmread(study.workspace / p).ImagePositionPatient[2]))
+    assert position.groupby(table["label"]).agg(list).to_dict() == {"adenocarcinoma": [30.0, 30.0], "normal": [0.0, 0.0]}
+    assert table.groupby("patient_id")["label"].nunique().tolist() == [2, 2]
 
 
 BOX_FILE = ("<annotation><object><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>30</xmax><ymax>50</ymax></bndbox></object>"

@@ -24,8 +24,8 @@ from .study import StudyError
 from .training import deterministic, load_backbone, load_network, slice_dataset
 
 # %% auto #0
-__all__ = ['SETTINGS', 'POSITIVE', 'NEGATIVE', 'LAYER', 'STRENGTHS', 'load_folder', 'features', 'classifier', 'choose_strength',
-           'external', 'verdict', 'text']
+__all__ = ['SETTINGS', 'POSITIVE', 'NEGATIVE', 'LAYER', 'LAYERS', 'STRENGTHS', 'load_folder', 'features', 'classifier',
+           'choose_strength', 'external', 'verdict', 'text']
 
 # %% ../nbs/08b_external.ipynb #c006
 SETTINGS = {"size": 224, "normalise": "lungs", "hash_bits": 4, "correlation": 0.75}
@@ -51,21 +51,23 @@ def load_folder(folder: Path, positive: Sequence[str], negative: Sequence[str], 
     return manifest, thumbnails
 
 # %% ../nbs/08b_external.ipynb #c008
-LAYER = "mixed8"
-"The block of InceptionV3 whose means are the features"
+LAYER, LAYERS = "mixed8", ("mixed4", "mixed6", "mixed8", "mixed10")
+"The block of InceptionV3 whose means are the features, and those whose grouped folds inside the training folder are told beside it"
 
 
-def features(files: list[Path], weights: Path | str, size: int = SETTINGS["size"], layer: str = LAYER) -> np.ndarray:
-    "Features (float32, n × channels) of prepared slices by the frozen InceptionV3 of `weights`. StudyError for weights of another network."
+def features(files: list[Path], weights: Path | str, size: int = SETTINGS["size"]) -> dict[str, np.ndarray]:
+    """Features (float32, n × channels) of prepared slices by each of LAYERS of the frozen InceptionV3 of `weights`. StudyError for weights of another
+    network."""
     import keras
     import tensorflow as tf
 
     network = load_network("inceptionv3")
     backbone = load_backbone(network, size, str(weights), Path.cwd())
-    pooled = keras.layers.GlobalAveragePooling2D()(backbone.get_layer(layer).output)
+    pooled = {layer: keras.layers.GlobalAveragePooling2D()(backbone.get_layer(layer).output) for layer in LAYERS}
     model = keras.Model(backbone.input, pooled)
     run = tf.function(lambda batch: model(tf.repeat(batch, 3, -1) / 127.5 - 1, training=False), autograph=False, reduce_retracing=True)
-    return np.concatenate([run(batch).numpy() for batch in slice_dataset(files, 32)])
+    batches = [{layer: part.numpy() for layer, part in run(batch).items()} for batch in slice_dataset(files, 32)]
+    return {layer: np.concatenate([batch[layer] for batch in batches]) for layer in LAYERS}
 
 # %% ../nbs/08b_external.ipynb #c010
 STRENGTHS = (2e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -115,13 +117,15 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
             inputs[name] = features([slices / f"{i}.png" for i in parts[name][0]["image_id"]], weights.resolve())
     rows, seen, _ = parts["train"]
     tested, tested_seen, excluded = parts["test"]
-    strength, inside = choose_strength(inputs["train"], rows, seed)
+    chosen = {layer: choose_strength(inputs["train"][layer], rows, seed) for layer in LAYERS}
+    layers = {layer: inside[strength] for layer, (strength, inside) in chosen.items()}
+    strength = chosen[LAYER][0]
 
     def score(model: object, fit: object, predict: object) -> dict:
         p = model.fit(fit, rows["label"].to_numpy(str)).predict_proba(predict)
         return scores(tested["label"], p, tested["group"], seed)
 
-    result = score(classifier(strength), inputs["train"], inputs["test"])
+    result = score(classifier(strength), inputs["train"][LAYER], inputs["test"][LAYER])
     others = {}
     for name in BASELINES:
         fit, model = baseline(name, rows, seen)
@@ -130,7 +134,7 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
               "balanced_accuracy": result["balanced_accuracy"]["value"],
               **{f"balanced_accuracy_{k}": result["balanced_accuracy"][k] for k in ("low", "high")},
               "n_groups": result["n_groups"], "n_excluded": excluded,
-              "baselines": others, "train": {"n": len(rows), "n_groups": int(rows["group"].nunique()), "auc_grouped_folds": inside[strength]},
+              "baselines": others, "train": {"n": len(rows), "n_groups": int(rows["group"].nunique()), "auc_grouped_folds": layers[LAYER], "auc_by_layer": layers},
               "strength": strength, "layer": LAYER, "weights": weights.name, "normalise": SETTINGS["normalise"]}
     return report | {"verdict": verdict(report)}
 
@@ -157,4 +161,5 @@ def text(report: dict) -> str:
     for name, found in (table | {BASELINES[name]: found for name, found in report["baselines"].items()}).items():
         cells = ["{value:.2f} ({low:.2f} to {high:.2f})".format(**found[metric]) for metric in ("auc", "balanced_accuracy")]
         lines.append(f"{name:24}{cells[0]:>22}{cells[1]:>26}")
-    return "\n".join([*lines, f"{report['n']} slices in {report['n_groups']} groups; {report['n_excluded']} could not be used", report["verdict"]])
+    inside = ", ".join(f"{layer} {auc:.2f}" for layer, auc in report["train"]["auc_by_layer"].items())
+    return "\n".join([*lines, f"AUC in grouped folds of the training folder: {inside}; {report['layer']} is used", f"{report['n']} slices in {report['n_groups']} groups; {report['n_excluded']} could not be used", report["verdict"]])

@@ -59,5 +59,5 @@ if __name__ == "__main__":
         folder = Path(name)
         write_slices(folder, 20_000, 256)
         few, many = (peak_of(__file__, name, count) for count in (2_000, 20_000))
-    save("preprocessing_memory", [many / few], "at most 1.5 for ten times the slices",
+    save("preprocessing_memory", [many / few], "at most 1.2 for ten times the slices",
          "peak resident memory of the process and its workers with 20,000 slices by that with 2,000", mb=[few, many])

@@ -287,9 +287,9 @@ def parser() -> argparse.ArgumentParser:
     for word in ("positive", "negative"):
         outside.add_argument(f"--{word}", required=True, help="beginnings of sub-folder names, separated by commas")
     outside.add_argument("--weights", type=Path, required=True, help="a checkpoint of InceptionV3 without its top (.weights.h5)")
-    watch = commands.add_parser("monitor", help="drift and performance of the service's prediction log: report, gauges, whether to retrain")
+    watch = commands.add_parser("monitor", help="drift and performance of the service's prediction log; exit status 3 where a retraining is asked for")
     watch.add_argument("--log", required=True, help="the prediction log: a SQLAlchemy URL or an SQLite file")
-    watch.add_argument("--to", type=Path, default=Path("monitoring"), help="the folder for drift.html and drift.prom")
+    watch.add_argument("--to", type=Path, default=Path("monitoring"), help="the folder for drift.html, drift.prom and candidate.json")
     again = commands.add_parser("retrain", help="train a challenger with the slices that feedback verified; it becomes champion only if not inferior")
     again.add_argument("--log", required=True, help="the prediction log, as for monitor")
     again.add_argument("--slices", type=Path, required=True, help="the folder where the site keeps the slices it asked about")
@@ -316,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: list[str] | None = None) -> int:
-    "The command `deeptumornet`: 0 when it went well, 1 with one sentence on stderr for bad input"
+    "The command `deeptumornet`: 0 when it went well, 1 with one sentence on stderr for bad input, 3 where `monitor` asks for a retraining"
     arguments = parser().parse_args(words)
     try:
         if arguments.command == "check":
@@ -330,6 +330,7 @@ def main(words: list[str] | None = None) -> int:
             study, champion = open_study(), exported(None)
             found = monitor(champion, reference(study, champion), arguments.log, arguments.to, study["monitor"]["alpha"])
             print(f"{'retrain' if found['retrain'] else 'keep'}: {found['why']}")
+            return 3 if found["retrain"] else 0
         elif arguments.command == "rollback":
             from deeptumornet.retraining import crown, rollback
 

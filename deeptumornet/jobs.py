@@ -80,6 +80,10 @@ class Jobs:
                          "ORDER BY made, job, place LIMIT 1) RETURNING job, place, slice, attempts", [(now, now - LEASE)])
         return taken[0] if taken else None
 
+    def put_back(self, job: str, place: int) -> None:
+        "Leave the slice, which `take` gave, to the next who takes it in LEASE seconds, as if it had not been taken"
+        self._do("UPDATE slices SET attempts = attempts - 1 WHERE job = ? AND place = ?", [(job, place)])
+
     def settle(self, job: str, place: int, answer: dict) -> None:
         "Keep the `answer` about a slice, and forget the slice; nothing happens if the job was cancelled"
         self._do("UPDATE slices SET answer = ?, slice = NULL WHERE job = ? AND place = ?", [(json.dumps(answer), job, place)])

@@ -5,6 +5,8 @@
 # %% ../nbs/12a_log.ipynb #c002
 from __future__ import annotations
 
+import errno
+import fcntl
 import hmac
 import json
 import logging
@@ -15,12 +17,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import sqlalchemy as sa
 from filelock import FileLock
 from flask import Flask, Response, jsonify, request
@@ -32,26 +34,31 @@ from .study import StudyError
 
 
 class LogError(StudyError):
-    "The log's database cannot be used"
+    "The prediction log cannot be written or read: try again later"
 
 # %% auto #0
-__all__ = ['STATISTICS', 'FEATURES', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'MOST_DAYS', 'MOST_ROWS', 'PATIENCE', 'LogError',
-           'image_statistics', 'now', 'connect', 'PredictionLog', 'read_log', 'verified', 'add_feedback']
+__all__ = ['STATISTICS', 'FEATURES', 'REQUEST', 'PREDICTIONS', 'FEEDBACK', 'LARGEST_SPOOL', 'MOST_DAYS', 'MOST_ROWS', 'ROW_BYTES',
+           'PATIENCE', 'LogError', 'image_statistics', 'now', 'connect', 'PredictionLog', 'read_log', 'verified',
+           'add_feedback']
 
 # %% ../nbs/12a_log.ipynb #c006
 STATISTICS = ("mean", "std", "sharpness", "dark")
 FEATURES = ("feature_1", "feature_2", "feature_3", "feature_4")
 "Columns of the last layer's features, as the engine gives them"
+REQUEST = ContextVar("request", default="")
+"Names what is asked together: a request, a job. Its slices may be of one patient, and are no independent ones"
 _META = sa.MetaData()
 PREDICTIONS = sa.Table(
-    "predictions", _META, sa.Column("id", sa.String(32), primary_key=True), sa.Column("time", sa.String(32), nullable=False, index=True),
+    "predictions", _META, sa.Column("number", sa.Integer, primary_key=True), sa.Column("id", sa.String(32), nullable=False, unique=True),
+    sa.Column("time", sa.String(32), nullable=False), sa.Column("clock", sa.Float, nullable=False),
     sa.Column("version", sa.String(64), nullable=False, index=True), sa.Column("image_id", sa.String(64), nullable=False),
+    sa.Column("request", sa.String(32), nullable=False),
     sa.Column("probabilities", sa.JSON, nullable=False), sa.Column("features", sa.JSON),
-    *(sa.Column(name, sa.Float, nullable=False) for name in STATISTICS))
+    *(sa.Column(name, sa.Float, nullable=False) for name in STATISTICS), sqlite_autoincrement=True)
 FEEDBACK = sa.Table(
     "feedback", _META, sa.Column("number", sa.Integer, primary_key=True), sa.Column("id", sa.String(32), nullable=False, index=True),
     sa.Column("time", sa.String(32), nullable=False), sa.Column("who", sa.String(200), nullable=False),
-    sa.Column("label", sa.String(200), nullable=False))
+    sa.Column("label", sa.String(200), nullable=False), sqlite_autoincrement=True)
 
 
 def image_statistics(pixels: np.ndarray) -> dict[str, float]:
@@ -69,8 +76,9 @@ def now() -> str:
 # %% ../nbs/12a_log.ipynb #c009
 LARGEST_SPOOL = 256 * 2**20
 "Bytes that may wait for the database; past it new rows are refused, loudly"
-MOST_DAYS, MOST_ROWS = 365.0, 1_000_000
-"Days that a prediction is kept, and predictions that are kept at most"
+MOST_DAYS, MOST_ROWS, ROW_BYTES = 365, 1_000_000, 1024
+"""Days that a prediction is kept and predictions that are kept at most, unless DEEPTUMORNET_LOG_DAYS and DEEPTUMORNET_LOG_ROWS say otherwise, and
+bytes that one takes up in the database with its part of the indices, at most: a million are under a GiB"""
 PATIENCE = 5
 "Seconds that a connection and a lock are waited for at most; a statement may take ten times as long"
 
@@ -109,7 +117,7 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
                                    "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={10 * PATIENCE}s"}}.get(kind, {})
         engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={k: v for k, v in patience.items() if k not in url.query})
         if kind == "sqlite":
-            sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA journal_mode=WAL"))
+            sa.event.listen(engine, "connect", lambda raw, _: raw.executescript("PRAGMA auto_vacuum=FULL; PRAGMA journal_mode=WAL"))
         _make_tables(engine)
         with engine.begin() as connection:
             yield connection
@@ -118,15 +126,25 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
                          "the database is there, is a database, has room, and that the service may write it") from error
 
 
+def _limit(name: str, usual: float) -> float:
+    "The number in the environment's variable `name`, or the `usual` one. StudyError for what is no number of at least 1."
+    said = os.environ.get(name) or str(usual)
+    with suppress(ValueError):
+        if 1 <= float(said) < math.inf:
+            return float(said)
+    raise StudyError(f"{name} is {said!r}, and no number of at least 1: correct it, or leave it out for {usual}")
+
+
 class PredictionLog:
     """Predictions and feedback in the database at `address` (a SQLAlchemy URL or an SQLite file), through the folder `spool`
-    (default: beside an SQLite file, else `predictions.spool` here). Safe from several threads and processes. What is older than MOST_DAYS, and
-    the oldest beyond MOST_ROWS, goes every `tidy` seconds.
+    (default: beside an SQLite file, else `predictions.spool` here). Safe from several threads, processes, and containers that share the spool.
+    What is too old, and the oldest beyond the most rows (MOST_DAYS, MOST_ROWS), goes every `tidy` seconds.
 
-    Raises StudyError where the database or the folder cannot be used when it is opened."""
+    Raises StudyError where the database or the folder cannot be used when it is opened, or a limit in the environment is no number."""
 
     def __init__(self, address: str | Path, spool: Path | str | None = None, pause: float = 1.0, tidy: float = 3600.0):
         self.address, url = address, _url(address)
+        self._days, self._rows = _limit("DEEPTUMORNET_LOG_DAYS", MOST_DAYS), int(_limit("DEEPTUMORNET_LOG_ROWS", MOST_ROWS))
         beside = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
         self.spool = Path(spool or (f"{url.database}.spool" if beside else "predictions.spool"))
         with connect(address):
@@ -135,36 +153,47 @@ class PredictionLog:
             self.spool.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudyError(f"the folder {self.spool} for waiting predictions cannot be made ({error.strerror}): name another") from error
-        self._file, self._lock, self._stop, self._silent = None, threading.Lock(), threading.Event(), False
-        self._waiting = sum(p.stat().st_size for p in self.spool.glob("*.*") if p.suffix in (".open", ".ready"))
+        self._file, self._lock, self._stop, self._silent, self._waiting = None, threading.Lock(), threading.Event(), False, 0
+        self._seen = 0.0, time.monotonic()
         self._pause, self._tidy = pause, tidy
         self._thread = threading.Thread(target=self._move, daemon=True)
         self._thread.start()
 
-    def record(self, version: str, image_id: str, probabilities: dict[str, float], prepared: np.ndarray,
+    def record(self, version: str, image_id: str, probabilities: dict[str, float], statistics: dict[str, float],
                features: np.ndarray | None = None) -> str:
-        """Write one prediction about the `prepared` slice (uint8, size × size), with the last layer's `features` (one for each of FEATURES);
-        its identifier. When it returns, a kill of this process no longer loses it.
+        """Write one prediction about a slice with these `statistics` (see `image_statistics`) and the last layer's `features` (one for each of
+        FEATURES), as part of the REQUEST; its identifier. When it returns, a kill of this process no longer loses it.
 
-        A log that cannot be written is reported to the server's own log; it costs nobody the answer."""
-        row = {"id": uuid.uuid4().hex, "time": now(), "version": version, "image_id": image_id, "probabilities": probabilities,
-               "features": None if features is None else [float(v) for v in features], **image_statistics(prepared)}
+        Raises LogError, and keeps no part of the row, where the spool cannot take it: an answer must not be given then."""
+        row = {"id": uuid.uuid4().hex, "time": now(), "version": version, "image_id": image_id, "request": REQUEST.get() or uuid.uuid4().hex,
+               "probabilities": probabilities, "features": None if features is None else [float(v) for v in features], **statistics}
         line = json.dumps(row).encode() + b"\n"
         try:
             with self._lock:
                 if self._waiting + len(line) > LARGEST_SPOOL:
-                    raise OSError(f"{self._waiting >> 20} MiB wait for the database already")
-                if self._file is None:
-                    self._file = os.open(self.spool / f"{os.getpid()}-{uuid.uuid4().hex}.open", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-                written = os.write(self._file, line)
-                self._waiting += written
-                if written < len(line):
-                    os.close(self._file)
-                    self._file = None  # the torn line ends its segment, so no later row is glued to it
-                    raise OSError("the disk is full")
+                    raise OSError(errno.ENOSPC, f"{self._waiting >> 20} MiB wait for the database already")
+                while self._file is None:
+                    self._file = self._segment()
+                before = os.fstat(self._file).st_size
+                if os.write(self._file, line) < len(line):
+                    os.ftruncate(self._file, before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._waiting += len(line)
         except OSError as error:
-            logging.getLogger(__name__).error("a prediction is missing from the log %s: %s", self.spool, error)
+            logging.getLogger(__name__).error("an answer was refused, for the log's folder %s does not take it: %s", self.spool, error)
+            raise LogError(f"the answer cannot be logged, and none is given without ({error.strerror}): those who run the service must make room "
+                           "for its prediction log") from error
         return row["id"]
+
+    def _segment(self) -> int | None:
+        "A new segment of the spool, locked for as long as this process has it open; None where another process was faster, and took it up"
+        path = self.spool / f"{uuid.uuid4().hex}.open"
+        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        os.close(file)
+        return None
 
     def flush(self) -> int:
         "Move what waits to the database; the number of rows inserted. Raises StudyError where the database refuses; the rows wait on."
@@ -174,22 +203,24 @@ class PredictionLog:
                     os.close(self._file)
                     self._file = None
                 for segment in self.spool.glob("*.open"):
-                    owner = int(segment.name.split("-")[0])
-                    if owner == os.getpid() or not psutil.pid_exists(owner):
+                    with segment.open("rb") as file, suppress(BlockingIOError):  # another process, which lives, writes it
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         segment.rename(segment.with_suffix(".ready"))
+                self._waiting = sum(p.stat().st_size for p in self.spool.glob("*.*") if p.suffix in (".open", ".ready"))
             moved = 0
-            for segment in sorted(self.spool.glob("*.ready")):
+            for segment in sorted(self.spool.glob("*.ready"), key=lambda p: p.stat().st_mtime_ns):
                 size, rows = segment.stat().st_size, []
                 for line in segment.read_bytes().splitlines():
                     try:
                         rows.append(json.loads(line))
                     except ValueError:
-                        logging.getLogger(__name__).error("a torn line in %s was left out: the disk was full or the process was killed", segment)
+                        logging.getLogger(__name__).error("a torn line in %s was left out: its process was killed before it answered", segment)
                 with connect(self.address) as database:
+                    clock = self._clock(database)
                     for k in range(0, len(rows), 500):
                         part = rows[k:k + 500]
                         known = set(database.scalars(sa.select(PREDICTIONS.c.id).where(PREDICTIONS.c.id.in_([r["id"] for r in part]))))
-                        new = [r for r in part if r["id"] not in known]
+                        new = [r | {"clock": clock} for r in part if r["id"] not in known]
                         if new:
                             database.execute(sa.insert(PREDICTIONS), new)
                         moved += len(new)
@@ -198,13 +229,21 @@ class PredictionLog:
                     self._waiting = max(0, self._waiting - size)
         return moved
 
+    def _clock(self, database: sa.Connection) -> float:
+        """Seconds that the log has been running, by no clock that anybody can set: what the last row says, and what has passed since this
+        process first saw that row. The time while no service ran is not in it."""
+        last = database.scalar(sa.select(PREDICTIONS.c.clock).order_by(PREDICTIONS.c.number.desc()).limit(1)) or 0.0
+        if last != self._seen[0]:
+            self._seen = last, time.monotonic()
+        return last + time.monotonic() - self._seen[1]
+
     def _move(self) -> None:
         tidied = -math.inf
         while not self._stop.wait(self._pause):
             try:
                 self.flush()
                 if time.monotonic() - tidied >= self._tidy:
-                    self.keep(MOST_DAYS, MOST_ROWS, share=0.5)
+                    self.keep(self._days, self._rows)
                     tidied = time.monotonic()
                 self._silent = False
             except (StudyError, OSError) as error:
@@ -232,24 +271,18 @@ class PredictionLog:
                 raise StudyError("no such prediction is in the log: send the `id` that the service answered with")
             database.execute(sa.insert(FEEDBACK).values(id=prediction, label=label, who=who.strip(), time=now()))
 
-    def keep(self, days: float, rows: int, share: float = 1.0) -> int:
-        """Delete predictions older than `days`, and the oldest beyond `rows`, with their feedback; how many went.
-
-        Where more than `share` (0..1) of the log is too old at once, a clock that jumped forward is likelier than so long a silence: then
-        nothing goes by its age, and the server's own log says so."""
-        too_old = PREDICTIONS.c.time < (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
+    def keep(self, days: float, rows: int) -> int:
+        """Delete the predictions that were entered over `days` of running ago (see `_clock`), and all but the `rows` entered last, with their
+        feedback; how many went. What the machine's clock says, said, or will say, changes nothing."""
         with connect(self.address) as database:
-            every, old = (database.scalar(sa.select(sa.func.count()).select_from(PREDICTIONS).where(which)) for which in (sa.true(), too_old))
-            if old > share * every:
-                logging.getLogger(__name__).error("%d of the log's %d predictions are older than %g days and were kept, for the clock may have "
-                                                  "jumped: if it is right, delete them with PredictionLog(...).keep(%g, %d)",
-                                                  old, every, days, days, rows)
-            else:
-                database.execute(sa.delete(PREDICTIONS).where(too_old))
-            newest = sa.select(PREDICTIONS.c.id).order_by(PREDICTIONS.c.time.desc(), PREDICTIONS.c.id).limit(rows).subquery()
-            database.execute(sa.delete(PREDICTIONS).where(PREDICTIONS.c.id.not_in(sa.select(newest.c.id))))
-            database.execute(sa.delete(FEEDBACK).where(FEEDBACK.c.id.not_in(sa.select(PREDICTIONS.c.id))))
-            return every - database.scalar(sa.select(sa.func.count()).select_from(PREDICTIONS))
+            number, limit = PREDICTIONS.c.number, self._clock(database) - 86400 * days
+            last = sa.select(number).order_by(number.desc()).limit(1)
+            young = database.scalar(sa.select(number).where(PREDICTIONS.c.clock >= limit).order_by(number).limit(1))
+            first = max(young or (database.scalar(last) or 0) + 1, database.scalar(last.offset(rows - 1)) or 0)
+            gone = database.execute(sa.delete(PREDICTIONS).where(number < first)).rowcount
+            if gone:
+                database.execute(sa.delete(FEEDBACK).where(FEEDBACK.c.id.not_in(sa.select(PREDICTIONS.c.id))))
+        return gone
 
 # %% ../nbs/12a_log.ipynb #c011
 def _there(address: str | Path) -> None:
@@ -259,19 +292,21 @@ def _there(address: str | Path) -> None:
 
 
 def read_log(address: str | Path, version: str, positive: str) -> pd.DataFrame:
-    """The predictions of the model `version`, oldest first: `id`, `time`, the STATISTICS, the FEATURES, `probability` of `positive`, `decided_label` the
-    latest feedback's label, or None.
+    """The predictions of the model `version`, in the order they were entered: `id`, `time`, `image_id`, `request`, the STATISTICS, the FEATURES,
+    `probability` of `positive`, `decided_label` the latest feedback's label, or None, and `said`, the number of the first one's, which counts up.
 
     Raises StudyError where the database is missing or is no prediction log."""
     _there(address)
     with connect(address) as database:
         rows = database.execute(sa.select(PREDICTIONS).where(PREDICTIONS.c.version == version)
-                                .order_by(PREDICTIONS.c.time, PREDICTIONS.c.id)).mappings().all()
-        said = dict(database.execute(sa.select(FEEDBACK.c.id, FEEDBACK.c.label).order_by(FEEDBACK.c.number)).all())
-    table = pd.DataFrame([{"id": r["id"], "time": r["time"], **{k: r[k] for k in STATISTICS}, **dict(zip(FEATURES, r["features"] or (), strict=False)),
-                           "probability": r["probabilities"][positive], "decided_label": said.get(r["id"])} for r in rows],
-                         columns=["id", "time", *STATISTICS, *FEATURES, "probability", "decided_label"])
-    return table.astype({k: float for k in (*STATISTICS, *FEATURES, "probability")})
+                                .order_by(PREDICTIONS.c.number)).mappings().all()
+        said = database.execute(sa.select(FEEDBACK.c.id, FEEDBACK.c.label, FEEDBACK.c.number).order_by(FEEDBACK.c.number)).all()
+    label, first = {r.id: r.label for r in said}, {r.id: r.number for r in reversed(said)}
+    whose = ("id", "time", "image_id", "request")
+    table = pd.DataFrame([{**{k: r[k] for k in (*whose, *STATISTICS)}, **dict(zip(FEATURES, r["features"] or (), strict=False)),
+                           "probability": r["probabilities"][positive], "decided_label": label.get(r["id"]), "said": first.get(r["id"])} for r in rows],
+                         columns=[*whose, *STATISTICS, *FEATURES, "probability", "decided_label", "said"])
+    return table.astype({k: float for k in (*STATISTICS, *FEATURES, "probability", "said")})
 
 
 def verified(address: str | Path) -> dict[str, str]:

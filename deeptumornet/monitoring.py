@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import false_discovery_control
+from threadpoolctl import threadpool_limits
 
 from .export import Engine
-from .log import FEATURES, STATISTICS, image_statistics
+from .log import FEATURES, STATISTICS, image_statistics, now, read_log
 from .metrics import wilson
-from .study import StudyError, atomic
+from .study import StudyError, atomic, read_json, write_json
 
 WATCHED = (*STATISTICS, *FEATURES, "probability")
 "The quantities that are tested, each by itself and all together"
@@ -26,10 +27,16 @@ LEAST_WINDOW = 20
 "Fewer slices than this are no window: only gross shifts could be found in them"
 
 # %% auto #0
-__all__ = ['WATCHED', 'LEAST_WINDOW', 'statistics_table', 'watched', 'stability', 'drift_table', 'decide', 'false_alarms',
-           'performance', 'html_report', 'gauges', 'monitor']
+__all__ = ['WATCHED', 'LEAST_WINDOW', 'one_of_each', 'statistics_table', 'watched', 'stability', 'drift_table', 'decide',
+           'alarms', 'performance', 'in_words', 'html_report', 'gauges', 'monitor']
 
 # %% ../nbs/12_monitoring.ipynb #c007
+def one_of_each(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """One of the `rows` for each value of the column `by`, in their order: that of the smallest `image_id`, a hash that knows nothing of a slice's place in
+    its series, so that as in a random draw no part of the lung is preferred"""
+    return rows.sort_values("image_id", kind="stable").drop_duplicates(by).sort_index()
+
+
 def statistics_table(slices: np.ndarray, probability: np.ndarray, features: np.ndarray) -> pd.DataFrame:
     """One row per prepared slice (uint8, n × size × size), its columns WATCHED: its `image_statistics`, the engine's `features` (n × 4) and
     the positive class's `probability` (n, 0..1)"""
@@ -132,32 +139,49 @@ def decide(table: pd.DataFrame) -> dict:
                                     f"(p = {first['window_p']:.3f}): look at the slices, label some, and retrain"}
 
 # %% ../nbs/12_monitoring.ipynb #c015
-def false_alarms(pool: pd.DataFrame, window: int, alphas: Sequence[float], windows: int, permutations: int, seed: int) -> pd.DataFrame:
-    """How often undrifted windows of `window` rows, dealt from `pool` with the rest as their reference, give alarm at each of `alphas`:
-    `k` of `n`, the `rate` and its 95 % interval `low`, `high` (Wilson's)."""
-    rng, values, p = np.random.default_rng(seed), pool.to_numpy(float), []
-    for _ in range(windows):
-        found = _statistics(values[rng.permutation(len(values))], _permuted(len(values) - window, window, permutations, rng))
-        p.append(_p_values(found)[1])
+def alarms(deal: Callable[[np.random.Generator], np.ndarray], window: int, alphas: Sequence[float], windows: int, permutations: int, seed: int) -> pd.DataFrame:
+    """How often `windows` windows of `window` rows give alarm at each of `alphas`: `k` of `n`, the `rate` and its 95 % interval `low`, `high`
+    (Wilson's). `deal` gives each time a reference with its window under it, (reference + window) × quantities."""
+    rng, p = np.random.default_rng(seed), []
+    with threadpool_limits(1):  # on matrices so small, threads cost more than they bring
+        for _ in range(windows):
+            pooled = deal(rng)
+            p.append(_p_values(_statistics(pooled, _permuted(len(pooled) - window, window, permutations, rng)))[1])
     rows = []
     for alpha in alphas:
         k = int((np.array(p) <= alpha).sum())
         low, high = wilson(k, windows)
-        rows.append({"alpha": alpha, "k": k, "n": windows, "rate": k / windows, "low": low, "high": high, "window": window, "reference": len(values) - window})
+        rows.append({"alpha": alpha, "k": k, "n": windows, "rate": k / windows, "low": low, "high": high, "window": window,
+                     "reference": len(pooled) - window})
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_monitoring.ipynb #c031
-def performance(right: Sequence[bool], expected: float, drop: float = 0.1, alpha: float = 0.05) -> dict:
-    """Of verified predictions, in time's order, whether each was `right`: `n`, `accuracy`, `low`, `high` (95 %), and whether at any time
-    it had `fallen` by `drop` under `expected` (0..1), by a sequential test at `alpha`. Raises StudyError for rates that make no test."""
-    if not 0 < expected - drop < expected < 1:
-        raise StudyError(f"an expected accuracy of {expected} and a drop of {drop} make no test: both rates must lie between 0 and 1")
+def performance(right: Sequence[bool], expected: float | None, drop: float = 0.1, alpha: float = 0.05) -> dict:
+    """Of verified predictions, in the order in which their labels came, whether each was `right`: `n`, `accuracy`, `low`, `high` (95 %), `expected`,
+    the largest `evidence` so far that it is `drop` under `expected` (0..1; taken as 0.99 where it is higher), the evidence `needed` at `alpha`, and
+    whether it has `fallen`. Where `expected` is None or not over `drop` there is no such test: no evidence, and not fallen."""
     right = np.asarray(right, bool)
-    low, high = wilson(int(right.sum()), len(right)) if len(right) else (0.0, 1.0)
-    steps = np.where(right, np.log((expected - drop) / expected), np.log((1 - expected + drop) / (1 - expected)))
-    evidence = float(np.exp(np.cumsum(steps).max(initial=0.0)))
-    return {"n": len(right), "accuracy": float(right.mean()) if len(right) else None, "low": low, "high": high, "expected": expected,
-            "evidence": evidence, "fallen": evidence >= 1 / alpha}
+    low, high = wilson(int(right.sum()), len(right))
+    found = {"n": len(right), "accuracy": float(right.mean()) if len(right) else None, "low": low, "high": high, "expected": expected}
+    if expected is None or expected <= drop:
+        return {**found, "evidence": None, "needed": 1 / alpha, "fallen": False}
+    good = min(expected, 0.99)
+    steps = np.where(right, np.log((good - drop) / good), np.log((1 - good + drop) / (1 - good)))
+    evidence = float(np.exp(min(np.cumsum(steps).max(initial=0.0), 700.0)))
+    return {**found, "evidence": evidence, "needed": 1 / alpha, "fallen": evidence >= 1 / alpha}
+
+
+def in_words(seen: dict) -> str:
+    "What `performance` found, as a part of a sentence"
+    if not seen["n"]:
+        return "no prediction of this model was verified"
+    said = f"of {seen['n']} verified slices {seen['accuracy']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}] were right"
+    if seen["evidence"] is None:
+        known = "is unknown" if seen["expected"] is None else f"was {seen['expected']:.2f}"
+        return f"{said}, and whether that is less than before is not tested, for the accuracy on the hold-out {known}"
+    return f"{said}, where {seen['expected']:.2f} is expected: " + (
+        f"the accuracy fell (evidence {seen['evidence']:.3g}, {seen['needed']:g} is enough)" if seen["fallen"] else
+        f"no fall is shown (evidence {seen['evidence']:.3g} of {seen['needed']:g})")
 
 # %% ../nbs/12_monitoring.ipynb #c035
 def html_report(path: Path, title: str, said: str, tables: dict[str, pd.DataFrame], figures: Sequence[Path] = ()) -> Path:
@@ -174,45 +198,59 @@ def html_report(path: Path, title: str, said: str, tables: dict[str, pd.DataFram
     return path
 
 
-def gauges(table: pd.DataFrame, version: str, feedback: dict | None = None) -> str:
-    "The drift `table` and the `performance` in Prometheus's text format, for the node exporter's textfile collector"
+def gauges(table: pd.DataFrame, version: str, seen: dict) -> str:
+    """The drift `table` and the `performance` that was `seen` in Prometheus's text format: for the service's own /metrics (DEEPTUMORNET_DRIFT), or for
+    the node exporter's textfile collector"""
     first, said = table.iloc[0], []
-    def put(name: str, what: str, rows: Sequence[tuple[str, float]]) -> None:
-        said.extend([f"# HELP deeptumornet_{name} {what}", f"# TYPE deeptumornet_{name} gauge"])
-        said.extend(f'deeptumornet_{name}{{version="{version}"{labels}}} {float(value):g}' for labels, value in rows)
+    def put(name: str, what: str, rows: Sequence[tuple[str, float | None]]) -> None:
+        rows = [(labels, float(value)) for labels, value in rows if not pd.isna(value)]
+        if rows:
+            said.extend([f"# HELP deeptumornet_{name} {what}", f"# TYPE deeptumornet_{name} gauge"])
+            said.extend(f'deeptumornet_{name}{{version="{version}"{labels}}} {value:g}' for labels, value in rows)
     put("drift_alarm", "1 where the window differs from the reference", [("", first["alarm"])])
     put("drift_window_p", "p value of the whole window", [("", first["window_p"])])
     put("drift_window_slices", "Slices in the window", [("", first["n_current"])])
-    put("drift_statistic", "Kolmogorov-Smirnov statistic, or squared MMD of all together",
-        [(f',quantity="{r.quantity}"', r.statistic) for r in table.itertuples()])
-    if feedback and feedback["n"]:
-        put("accuracy", "Share of verified predictions that were right", [("", feedback["accuracy"])])
-        put("accuracy_fallen", "1 where the sequential test found a fall", [("", feedback["fallen"])])
+    for name, what in {"statistic": "Kolmogorov-Smirnov statistic, or squared MMD of all together", "p": "p value, corrected for false discovery",
+                       "stability_index": "Population stability index"}.items():
+        put(f"drift_{name}", what, [(f',quantity="{q}"', value) for q, value in zip(table["quantity"], table[name], strict=True)])
+    put("verified_slices", "Predictions that were verified", [("", seen["n"])])
+    put("accuracy", "Share of verified predictions that were right", [("", seen["accuracy"])])
+    put("accuracy_bound", "Ends of its 95 % interval", [(f',end="{end}"', seen[end]) for end in ("low", "high")])
+    put("accuracy_evidence", "Largest likelihood ratio of a fall so far", [("", seen["evidence"])])
+    put("accuracy_fallen", "1 where the sequential test found a fall", [("", seen["fallen"])])
     return "\n".join(said) + "\n"
 
 # %% ../nbs/12_monitoring.ipynb #c038
-def monitor(champion: Path, reference: Path, address: str, target: Path, alpha: float, newest: int = 500) -> dict:
-    """Test the `newest` rows that the model in the folder `champion` left in the prediction log `address` against the CSV `reference`;
-    drift.html and drift.prom in the folder `target`. What was decided, in `decide`'s words, with `performance` where labels came back.
+def monitor(champion: Path, reference: Path, address: str, target: Path, alpha: float) -> dict:
+    """Test the newest independent rows that the model in the folder `champion` left in the prediction log `address`, as many as the CSV `reference` has at
+    most, against it, and all that was verified of the model: drift.html and drift.prom in the folder `target`, and there candidate.json for as long as a retraining is asked for.
+    What was decided, in words, with `performance`.
 
-    Raises StudyError where a file is missing, or the window is too small."""
-    from deeptumornet.log import read_log
-    from deeptumornet.study import read_json
-
+    Raises StudyError where a file is missing, the reference is another model's, or the window is too small."""
     for path in (champion / "card.json", reference):
         if not path.is_file():
             raise StudyError(f"{path} is missing: run `dvc repro` first")
-    card = read_json(champion / "card.json")
-    rows = read_log(address, card["version"], card["positive"]).tail(newest)
-    table = drift_table(pd.read_csv(reference), rows, alpha)
-    verified = rows.dropna(subset="decided_label")
+    card, known = read_json(champion / "card.json"), pd.read_csv(reference)
+    if (whose := str(known.pop("version").iloc[0])) != card["version"]:
+        raise StudyError(f"{reference} holds what the model {whose} says, and the champion is {card['version']}: run `dvc repro monitor` first")
+    rows = read_log(address, card["version"], card["positive"])
+    window = one_of_each(rows.drop_duplicates("image_id"), "request").tail(len(known))
+    table = drift_table(known, window, alpha)
+    verified = rows.dropna(subset="decided_label").sort_values("said").drop_duplicates("image_id").drop_duplicates("request")
     called = verified["probability"] >= card["threshold"]["value"]
-    seen = performance(called == (verified["decided_label"] == card["positive"]), card["metrics"]["accuracy"]["value"]) if len(verified) else None
-    decision = decide(table)
-    if seen and seen["fallen"]:
-        decision = {"retrain": True, "why": f"{decision['why']}; the accuracy fell to {seen['accuracy']:.2f} [{seen['low']:.2f}, {seen['high']:.2f}] "
-                                            f"on {seen['n']} verified slices, where {seen['expected']:.2f} is expected"}
-    html_report(target / "drift.html", f"Drift of {card['version']}", decision["why"], {"Window against reference": table})
+    seen = performance(called == (verified["decided_label"] == card["positive"]), card["metrics"].get("accuracy", {}).get("value"))
+    drift = decide(table)
+    said = {"retrain": drift["retrain"] or seen["fallen"], "why": f"{drift['why']}; {in_words(seen)}", "version": card["version"]}
+    html_report(target / "drift.html", f"Drift of {card['version']}", said["why"],
+                {"Window against reference": table, "Performance, from feedback": pd.DataFrame([seen])})
     with atomic(target / "drift.prom") as temporary:
         temporary.write_text(gauges(table, card["version"], seen))
-    return {**decision, "version": card["version"], "n": len(rows), "performance": seen}
+    candidate = target / "candidate.json"
+    if said["retrain"]:
+        before = read_json(candidate) if candidate.is_file() else {}
+        write_json(candidate, {"opened": before["opened"] if before.get("champion") == card["version"] else now(), "why": said["why"],
+                               "champion": card["version"], "data": {"slices": len(window), "from": window["time"].iloc[0],
+                                                                     "to": window["time"].iloc[-1], "verified": seen["n"]}})
+    else:
+        candidate.unlink(missing_ok=True)
+    return {**said, "n": len(window), "performance": seen}

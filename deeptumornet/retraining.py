@@ -27,7 +27,7 @@ from .export import Engine
 from .groups import assert_no_leak
 from .log import now, verified
 from .metrics import group_weights, summarise, weighted_auc
-from .monitoring import html_report, watched
+from .monitoring import html_report, one_of_each, watched
 from .preprocessing import complete, examine, load_manifest, read_slice
 from .study import Study, StudyError, atomic, open_study, progress, read_json, run_notebook, write_csv, write_json
 
@@ -296,9 +296,9 @@ def retrain(study: Study, champion: Path, log: str | Path, kept: Path) -> dict:
         kept_as = champion.parent / "challengers" / read_json(target.champion / "card.json")["version"]
         with atomic(kept_as) as temporary:
             shutil.copytree(target.champion, temporary)
-        known = manifest[manifest["split"] == "validation"].drop_duplicates("group")
+        known = one_of_each(manifest[manifest["split"] == "validation"], "group")
         engine = Engine(kept_as)
-        write_csv(champion.parent / "references" / f"{kept_as.name}.csv", watched(engine, _prepared(target)(known)))
+        write_csv(champion.parent / "references" / f"{kept_as.name}.csv", watched(engine, _prepared(target)(known)).assign(version=kept_as.name))
         found["entry"] = register(study, kept_as, found)
         fate = mine["reason"].where(mine["status"] == "excluded", "used for training").str.replace(r"copy of .*", "copy of another slice", regex=True)
         html_report(target.workspace / "retraining.html", "Retraining", f"{'A new champion' if found['passes'] else 'The champion stays'}: {found['why']}.",

@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 import traceback
+import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ from . import __version__
 from .dicom import describe, is_dicom
 from .export import Engine
 from .jobs import ATTEMPTS, Jobs
-from .log import STATISTICS, PredictionLog, add_feedback, image_statistics
+from .log import REQUEST, STATISTICS, LogError, PredictionLog, add_feedback, image_statistics
 from .lungs import find_lungs
 from .preprocessing import Slice, as_slice, read_slice
 from .quality import failed, measure
@@ -173,7 +174,8 @@ def _look(engine: Engine, data: bytes | np.ndarray) -> tuple:
     # in threads of their own, for each thread that ever decodes a slice keeps memory for the next
     found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
     prepared, place = engine.prepare(found.pixels)
-    return found, prepared, place, engine.predict(prepared[None]), cautions(engine.card, found, prepared)
+    statistics = image_statistics(prepared)
+    return found, prepared, place, engine.predict(prepared[None]), statistics, cautions(engine.card, found, statistics)
 
 
 def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
@@ -182,7 +184,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    found, prepared, place, (probabilities, heat, features), warned = _AT_WORK.submit(_look, engine, data).result()
+    found, prepared, place, (probabilities, heat, features), statistics, warned = _AT_WORK.submit(_look, engine, data).result()
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {
@@ -192,7 +194,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
         "warnings": warned,
     }
     if log:
-        content["id"] = log.record(card["version"], found.image_id, p, prepared, features[0])
+        content["id"] = log.record(card["version"], found.image_id, p, statistics, features[0])
     if heat_map:
         coloured = overlay(heat_shown(engine, prepared, heat[0]), found.height, found.width, place)
         grey = Image.fromarray(found.pixels)
@@ -210,8 +212,8 @@ def heat_shown(engine: Engine, prepared: np.ndarray, heat: np.ndarray) -> np.nda
     return occluded(lambda batch: engine.predict(batch[..., 0])[0], prepared[None], engine.card["classes"].index(engine.card["positive"]))[0]
 
 
-def cautions(card: dict, found: Slice, prepared: np.ndarray) -> list[str]:
-    """Sentences on why the answer about the slice `found`, as `prepared`, may be worth less than the model's measured performance:
+def cautions(card: dict, found: Slice, statistics: Mapping[str, float]) -> list[str]:
+    """Sentences on why the answer about the slice `found`, with the `statistics` of its prepared form, may be worth less than the model's measured performance:
     where it was trained, how the slice is stored, marks in it, and statistics beyond those of the validation slices (`card["seen"]`)."""
     size, said = card["input"]["size"], []
     if card.get("profile") in ("demo", "smoke"):
@@ -231,8 +233,7 @@ def cautions(card: dict, found: Slice, prepared: np.ndarray) -> list[str]:
             find_lungs(np.asarray(small))
         except StudyError:
             said.append("No lung field was found: the slice is blank, cropped inside the lung, or not of the chest, and its probability means nothing.")
-    numbers = image_statistics(prepared)
-    strange = [name for name, (low, high) in card.get("seen", {}).items() if not low <= numbers[name] <= high]
+    strange = [name for name, (low, high) in card.get("seen", {}).items() if not low <= statistics[name] <= high]
     if strange:
         said.append(f"The slice lies outside of what the model was measured on ({', '.join(strange)}): its probability is a guess.")
     limits = {check: limit for check, limit in card.get("quality", {}).items() if check in MARKS}
@@ -327,6 +328,8 @@ def told(error: Exception) -> HTTPException:
         return BadRequest("the request ended before all of it had come: send it again")
     if isinstance(error, HTTPException):
         return error
+    if isinstance(error, LogError):
+        return ServiceUnavailable(str(error))
     if isinstance(error, StudyError):
         return UnprocessableEntity(str(error))
     logging.getLogger(__name__).error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
@@ -381,7 +384,12 @@ def work_off(engine: Engine, jobs: Jobs, config: Mapping) -> None:
         try:
             while taken := jobs.take():
                 job, place, data, attempt = taken
-                jobs.settle(job, place, answered(engine, place, data if attempt <= ATTEMPTS else _FATAL, config["PREDICTION_LOG"]))
+                REQUEST.set(uuid.uuid5(uuid.NAMESPACE_OID, job).hex)  # who knows a job may read it
+                said = answered(engine, place, data if attempt <= ATTEMPTS else _FATAL, config["PREDICTION_LOG"])
+                if said["status"] == HTTPStatus.SERVICE_UNAVAILABLE:  # the log takes nothing now
+                    jobs.put_back(job, place)
+                else:
+                    jobs.settle(job, place, said)
         except sqlite3.Error as error:
             logging.getLogger(__name__).error("the jobs cannot be worked off: %s", error)
         time.sleep(0.5)
@@ -492,6 +500,7 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
     """The service for the exported model in the folder `champion`, its engine in so many `threads`; by default the one that
     DEEPTUMORNET_CHAMPION names, or the project's models/champion. One prediction is made before it returns, so that a service that answers is ready.
     Predictions are recorded in the database that DEEPTUMORNET_PREDICTION_LOG names (a URL or an SQLite file);
+    DEEPTUMORNET_DRIFT names the drift.prom that `deeptumornet monitor` writes, which /metrics then tells, too;
     DEEPTUMORNET_JOBS names the file of the jobs, which this process works off, too;
     DEEPTUMORNET_TOKENS (words) and DEEPTUMORNET_RATE (requests a minute and address) close the `Gate`.
 
@@ -523,6 +532,7 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
     @app.before_request
     def admit() -> None:
         g.start, g.slots = time.perf_counter(), []
+        REQUEST.set(uuid.uuid4().hex)
         if request.path.startswith(("/api/", "/v2/models", "/metrics")) and request.path != "/api/v1/feedback":  # it has a token of its own
             gate.check(request.headers.get("Authorization", ""), request.remote_addr or "")
         if request.method == "POST" and request.url_rule:
@@ -615,7 +625,8 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
         whole = registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # several workers: each answers for all
             MultiProcessCollector(whole := CollectorRegistry())
-        return Response(generate_latest(whole), content_type="text/plain; version=0.0.4; charset=utf-8")
+        drift = Path(os.environ.get("DEEPTUMORNET_DRIFT") or "none")
+        return Response(generate_latest(whole) + (drift.read_bytes() if drift.is_file() else b""), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v2")
     def server() -> Response:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -85,8 +86,7 @@ def champion(tmp_path_factory, phantoms) -> Path:
     return folder / "champion"
 
 
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def running_postgres() -> Iterator[str]:
     """A real PostgreSQL server on loopback, with a password; its SQLAlchemy address."""
     found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)
     if not found:
@@ -125,3 +125,8 @@ def postgres(tmp_path_factory):
         server.terminate()
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    yield from running_postgres()

@@ -5,9 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -15,17 +19,19 @@ import pandas as pd
 import pytest
 import sqlalchemy as sa
 from conftest import encoded
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from deeptumornet import log as log_module
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.export import Engine
-from deeptumornet.log import FEEDBACK, PredictionLog, connect, image_statistics, read_log
+from deeptumornet.log import FEEDBACK, PREDICTIONS, ROW_BYTES, LogError, PredictionLog, connect, image_statistics, read_log
 from deeptumornet.monitoring import WATCHED, watched
 from deeptumornet.serving import create_app
 from deeptumornet.study import StudyError
 
 PREDICT, FEED, TOKEN = "/api/v1/predict", "/api/v1/feedback", "a-token-for-tests"
-FLAT = np.zeros((8, 8), np.uint8)
+FLAT = image_statistics(np.zeros((8, 8), np.uint8))
 TWO = {"normal": 0.25, "adenocarcinoma": 0.75}
 
 
@@ -35,7 +41,7 @@ def address(request, tmp_path):
         return f"sqlite:///{tmp_path / 'log.sqlite'}"
     url = request.getfixturevalue("postgres")
     with connect(url) as database:
-        for table in (FEEDBACK, log_module.PREDICTIONS):
+        for table in (FEEDBACK, PREDICTIONS):
             database.execute(sa.delete(table))
     return url
 
@@ -53,7 +59,7 @@ def test_rows_and_corrections(address, tmp_path):
     with connect(address) as database:
         said = database.execute(sa.select(FEEDBACK).order_by(FEEDBACK.c.number)).all()
         assert [(r.who, r.label) for r in said] == [("A", "normal"), ("B", "adenocarcinoma")]
-        assert database.execute(sa.select(log_module.PREDICTIONS.c.features)).scalars().all() == [[0.5, 1.25]] * 5
+        assert database.execute(sa.select(PREDICTIONS.c.features)).scalars().all() == [[0.5, 1.25]] * 5
     assert log.keep(days=1, rows=2) == 3 and log.keep(days=0, rows=9) == 2
     with connect(address) as database:
         assert not database.execute(sa.select(FEEDBACK)).all(), "feedback goes with its prediction"
@@ -217,8 +223,9 @@ def test_a_database_that_is_gone_or_a_full_spool_keeps_rows_waiting(tmp_path, mo
     log.close()
     assert read_log(tmp_path / "db" / "log.sqlite", "v", "normal")["id"].tolist() == [told]
     monkeypatch.setattr(log_module, "LARGEST_SPOOL", 10)
-    log.record("v", "i", TWO, FLAT)
-    assert "a prediction is missing from the log" in caplog.text, "a bound that is reached is said, not silent"
+    with pytest.raises(LogError, match="cannot be logged, and none is given without"):
+        log.record("v", "i", TWO, FLAT)
+    assert "an answer was refused" in caplog.text, "a bound that is reached is said, not silent"
 
 
 def test_a_log_that_cannot_be_opened(champion, tmp_path, monkeypatch):
@@ -233,7 +240,7 @@ def test_a_log_that_cannot_be_opened(champion, tmp_path, monkeypatch):
 
 
 def test_the_oldest_rows_go_by_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_module, "MOST_ROWS", 3)
+    monkeypatch.setenv("DEEPTUMORNET_LOG_ROWS", "3")
     log = PredictionLog(tmp_path / "log.sqlite", pause=0.01, tidy=0)
     ids = [log.record("v", "i", TWO, FLAT) for _ in range(5)]
     deadline = time.monotonic() + 30
@@ -241,7 +248,26 @@ def test_the_oldest_rows_go_by_themselves(tmp_path, monkeypatch):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     log.close()
-    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) <= set(ids)
+    assert read_log(tmp_path / "log.sqlite", "v", "normal")["id"].tolist() == ids[2:]
+    for wrong in ("many", "0", "inf", "nan"):
+        monkeypatch.setenv("DEEPTUMORNET_LOG_DAYS", wrong)
+        with pytest.raises(StudyError, match=f"DEEPTUMORNET_LOG_DAYS is '{wrong}', and no number of at least 1"):
+            PredictionLog(tmp_path / "log.sqlite")
+
+
+def test_a_row_is_as_small_as_said_and_gives_its_room_back(address, tmp_path):
+    rows = [{"id": f"{k:032x}", "time": log_module.now(), "clock": float(k), "version": "v" * 64, "image_id": f"{k:064x}",
+             "request": f"{k:032x}", "probabilities": {"normal": 1 / 3, "adenocarcinoma": 2 / 3}, "features": [1 / 3] * 4,
+             **{name: 1 / 3 for name in FLAT}}
+            for k in range(5000)]
+    with connect(address) as database:
+        database.execute(sa.insert(PREDICTIONS), rows)
+    file = tmp_path / "log.sqlite"
+    with connect(address) as database:
+        size = file.stat().st_size if file.exists() else database.exec_driver_sql("SELECT pg_total_relation_size('predictions')").scalar()
+    assert 300 * 5000 < size < ROW_BYTES * 5000
+    assert PredictionLog(address, tmp_path / "spool", pause=60).keep(days=365, rows=50) == 4950
+    assert not file.exists() or file.stat().st_size < size / 10
 
 
 def test_a_wrong_password_is_a_sentence_without_it(postgres, tmp_path):
@@ -250,48 +276,150 @@ def test_a_wrong_password_is_a_sentence_without_it(postgres, tmp_path):
     assert "wrong-secret" not in str(error.value)
 
 
-def test_a_clock_that_jumps_loses_nothing(tmp_path, monkeypatch):
-    log = PredictionLog(tmp_path / "log.sqlite", pause=60)
-    times = iter(["2031-01-01T00:00:00.000+00:00", "2026-01-01T00:00:00.000+00:00"])
-    monkeypatch.setattr(log_module, "now", lambda: next(times))
-    ids = [log.record("v", "i", TWO, FLAT) for _ in range(2)]
-    log.close()
-    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) == set(ids)
+DAYS = 100
+START = datetime(2026, 1, 1, tzinfo=UTC)
+steps = st.tuples(st.floats(0, 60), st.one_of(st.just(0.0), st.floats(-3000, 3000)), st.booleans())
 
 
-def test_a_clock_that_jumps_forward_does_not_empty_the_log(tmp_path, monkeypatch, caplog):
-    class TwoYearsOn(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.now(tz) + timedelta(days=730)
+@settings(max_examples=30, deadline=None)
+@given(st.lists(steps, min_size=1, max_size=12))
+@example([(1, 0, False)] * 4 + [(0.01, -2000, False)] * 2 + [(1, 0, False)] * 2)  # reset to 2020 for a while
+@example([(30, 0, False)] * 10 + [(1, 200, False)] * 2)  # 200 days ahead of 300 days of history
+@example([(1, 2000, False)] * 3 + [(30, 0, False)] * 5)  # a clock that was ahead and is right again
+@example([(20, 0, True)] * 9 + [(1, -30, True)] * 2)
+def test_no_clock_makes_a_row_older_than_it_is(history):
+    """Each step: days that pass, by how many the clock is wrong then, and whether the service starts again. One row is entered in each."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        passed, wrong, entered = 0.0, 0.0, []
+        patch.setattr(log_module, "time", SimpleNamespace(monotonic=lambda: 86400 * passed))
+        patch.setattr(log_module, "now", lambda: (START + timedelta(days=passed + wrong)).isoformat(timespec="milliseconds"))
+        log = PredictionLog(address := Path(folder) / "log.sqlite", pause=60)
+        for days, shift, restart in history:
+            passed, wrong = passed + days, shift
+            if restart:
+                log.close()
+                log = PredictionLog(address, pause=60)
+            entered.append((log.record("v", "i", TWO, FLAT), passed))
+            log.flush()
+            log.keep(DAYS, 1000)
+            left = read_log(address, "v", "normal")["id"].tolist()
+            gone = entered[:len(entered) - len(left)]
+            assert [one for one, _ in entered[len(gone):]] == left, "only the rows that were entered first go"
+            assert all(passed - when > DAYS - 1e-6 for _, when in gone), "and none before its time"
+        if not any(restart for *_, restart in history):
+            assert all(passed - when <= DAYS + 1e-6 for one, when in entered if one in left), "while the service runs, all go in time"
+        log.close()
 
-    log = PredictionLog(tmp_path / "log.sqlite", pause=0.01, tidy=0)
-    ids = [log.record("v", "i", TWO, FLAT) for _ in range(5)]
-    while log.flush() or len(read_log(tmp_path / "log.sqlite", "v", "normal")) < 5:
-        pass
-    monkeypatch.setattr(log_module, "datetime", TwoYearsOn)
-    ids.append(log.record("v", "i", TWO, FLAT))
-    deadline = time.monotonic() + 30
-    while "5 of the log's 6 predictions are older than 365 days and were kept" not in caplog.text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    log.close()
-    assert set(read_log(tmp_path / "log.sqlite", "v", "normal")["id"]) == set(ids)
-    assert log.keep(365, 100) == 5, "by hand they go"
 
-
-def test_a_disk_that_fills_in_the_middle_of_a_row_loses_only_that_row(tmp_path):
+def test_a_disk_that_fills_in_the_middle_of_a_row_keeps_no_part_of_it(tmp_path):
     """On a real limit of the file's size: the kernel writes what fits, as a full disk does."""
-    script = ("import resource, signal, sys, numpy as np; from deeptumornet.log import PredictionLog\n"
+    script = ("import resource, signal, sys; from deeptumornet.log import LogError, PredictionLog\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); log = PredictionLog(sys.argv[1], sys.argv[2], pause=60)\n"
-              "row = lambda: log.record('v', 'i', {'a': 1.0}, np.zeros((8, 8), np.uint8))\n"
-              "print(row()); size = log._waiting\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, resource.RLIM_INFINITY)); row()\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)); print(row()); log.close()")
+              "def row(): print(log.record('v', 'i', {'a': 1.0}, dict.fromkeys(('mean', 'std', 'sharpness', 'dark'), 0.0)))\n"
+              "row(); size = log._waiting\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, resource.RLIM_INFINITY))\n"
+              "try: row()\n"
+              "except LogError as error: print(error, file=sys.stderr)\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)); row(); log.close()")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "log.sqlite"), str(tmp_path / "spool")],
                           capture_output=True, text=True, check=True)
-    assert "a prediction is missing from the log" in done.stderr and "disk is full" in done.stderr and "torn line" in done.stderr
-    assert set(read_log(tmp_path / "log.sqlite", "v", "a")["id"]) == set(done.stdout.split())
+    assert "cannot be logged, and none is given without (No space left on device)" in done.stderr and "torn" not in done.stderr
+    assert read_log(tmp_path / "log.sqlite", "v", "a")["id"].tolist() == done.stdout.split()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_answers_nothing_that_it_cannot_log(champion, slice_png, small_disk):
+    app = create_app(champion)
+    client = app.test_client()
+    app.config["PREDICTION_LOG"] = log = PredictionLog(small_disk / "log.sqlite", pause=60)
+    told = [client.post(PREDICT, data=slice_png).json["id"]]
+    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(4096))
+    answers = [client.post(PREDICT, data=slice_png) for _ in range(20)]
+    told += [answer.json["id"] for answer in answers if answer.status_code == 200]
+    assert {one.status_code for one in answers} <= {200, 503} and answers[-1].status_code == 503, "what the last page takes is answered"
+    assert "cannot be logged, and none is given without (No space left on device)" in answers[-1].json["detail"]
+    assert client.post("/api/v1/batch", data={"file": [(BytesIO(slice_png), "a.png")]}).json["items"][0]["status"] == 503
+    with pytest.raises(LogError, match="has room"):
+        log.flush()
+    (small_disk / "filler").unlink()
+    told.append(client.post(PREDICT, data=slice_png).json["id"])
+    log.close()
+    assert read_log(log.address, Engine(champion).card["version"], "normal")["id"].tolist() == told
+
+
+def test_a_job_waits_until_the_log_takes_its_answers(champion, slice_png, tmp_path, monkeypatch):
+    monkeypatch.setattr("deeptumornet.jobs.LEASE", 0.0)
+    monkeypatch.setenv("DEEPTUMORNET_JOBS", str(tmp_path / "jobs.sqlite"))
+    app = create_app(champion)
+    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    client = app.test_client()
+    with monkeypatch.context() as full:
+        full.setattr(log_module, "LARGEST_SPOOL", 10)
+        job = client.post("/api/v1/jobs", data={"file": [(BytesIO(slice_png), f"{k}.png") for k in range(2)]}).json["id"]
+        time.sleep(1)
+        assert client.get(f"/api/v1/jobs/{job}").json["state"] != "done"
+    deadline = time.monotonic() + 30
+    while client.get(f"/api/v1/jobs/{job}").json["state"] != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    log.close()
+    rows = read_log(log.address, Engine(champion).card["version"], "normal")
+    told = [item["prediction"]["id"] for item in client.get(f"/api/v1/jobs/{job}/result").json["items"]]
+    assert rows["id"].tolist() == told and rows["request"].nunique() == 1 and job not in rows["request"].tolist()
+
+
+def test_what_is_asked_together_is_known_by_its_request(champion, slice_png, tmp_path):
+    app = create_app(champion)
+    app.config["PREDICTION_LOG"] = log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    client = app.test_client()
+    for _ in range(2):
+        client.post("/api/v1/batch", data={"file": [(BytesIO(slice_png), f"{k}.png") for k in range(3)]})
+    client.post(PREDICT, data=slice_png)
+    log.close()
+    assert read_log(log.address, Engine(champion).card["version"], "normal").groupby("request", sort=False).size().tolist() == [3, 3, 1]
+
+
+def test_a_segment_belongs_to_who_has_it_open_in_any_container(tmp_path):
+    """The other process has a number that nobody here has, as in another container; then it is killed."""
+    script = ("import sys, time; from deeptumornet.log import PredictionLog; log = PredictionLog(sys.argv[1], pause=60)\n"
+              "row = dict.fromkeys(('mean', 'std', 'sharpness', 'dark'), 0.0)\n"
+              "for k in range(3): print(log.record('v', 'i', {'a': 1.0}, row), flush=True)\n"
+              "time.sleep(600)")
+    apart = ["unshare", "--pid", "--fork", "--kill-child"] if os.geteuid() == 0 and shutil.which("unshare") else []
+    other = subprocess.Popen([*apart, sys.executable, "-c", script, str(tmp_path / "log.sqlite")], stdout=subprocess.PIPE, text=True)
+    told = [other.stdout.readline().strip() for _ in range(3)]
+    log = PredictionLog(tmp_path / "log.sqlite", pause=60)
+    assert all(told) and log.flush() == 0 and log._waiting > 0
+    other.kill()
+    other.wait()
+    deadline = time.monotonic() + 10
+    while not log.flush():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert log._waiting == 0
+    log.close()
+    assert read_log(tmp_path / "log.sqlite", "v", "a")["id"].tolist() == told
+
+
+def test_what_another_process_moved_waits_no_longer(tmp_path):
+    one, two = (PredictionLog(tmp_path / "log.sqlite", pause=60) for _ in range(2))
+    one.record("v", "i", TWO, FLAT)
+    two.flush()
+    assert two._waiting > 0
+    one.close()
+    two.close()
+    assert two._waiting == 0
 
 
 def test_logging_costs_at_most_two_percent_of_an_answer(champion, slice_png, tmp_path):
@@ -301,8 +429,7 @@ def test_logging_costs_at_most_two_percent_of_an_answer(champion, slice_png, tmp
     def seconds(run): start = time.perf_counter(); run(); return time.perf_counter() - start  # noqa: E702
     log = PredictionLog(tmp_path / "log.sqlite", pause=60)
     answer = np.median([seconds(lambda: client.post(PREDICT, data=slice_png)) for _ in range(30)])
-    row = np.median([seconds(lambda: log.record("v", "i" * 64, TWO, np.zeros((80, 80), np.uint8))) for _ in range(200)])
+    row = np.median([seconds(lambda: log.record("v", "i" * 64, TWO, FLAT, np.ones(4))) for _ in range(200)])
     log.close()
     print(f"answer {1000 * answer:.2f} ms, log {1000 * row:.3f} ms")
     assert row <= 0.02 * answer, (row, answer)
-    assert image_statistics(FLAT)["dark"] == 1

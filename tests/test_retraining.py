@@ -20,7 +20,7 @@ from deeptumornet import retraining
 from deeptumornet.collection import collect
 from deeptumornet.dicom import window
 from deeptumornet.export import Engine
-from deeptumornet.log import PredictionLog
+from deeptumornet.log import PredictionLog, image_statistics
 from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.preprocessing import load_manifest, preprocess, read_slice
 from deeptumornet.retraining import WORKSPACE, crown, not_inferior, promote, reference, retrain, rollback
@@ -147,7 +147,7 @@ def site(tmp_path_factory, champion):
     shutil.copyfile(study.workspace / held["path"], kept / "held.png")
     (kept / "note.txt").write_text("no slice")
     log = PredictionLog(study.workspace / "log.sqlite", pause=60)
-    flat = np.zeros((8, 8), np.uint8)
+    flat = image_statistics(np.zeros((8, 8), np.uint8))
     for name, label in [*((f"{k}.png", study.classes[k % 2]) for k in range(5)), ("held.png", held["label"])]:
         one = log.record("v", read_slice(kept / name, name).image_id, {c: 0.5 for c in study.classes}, flat)
         if name == "0.png":

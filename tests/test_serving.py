@@ -40,7 +40,7 @@ from deeptumornet.dicom import window, write_dicom
 from deeptumornet.explanation import grad_cam
 from deeptumornet.export import ENGINES, Engine, principal_axes
 from deeptumornet.jobs import Jobs
-from deeptumornet.log import PredictionLog, add_feedback
+from deeptumornet.log import PredictionLog, add_feedback, image_statistics
 from deeptumornet.lungs import see
 from deeptumornet.metrics import calibrate
 from deeptumornet.preprocessing import read_slice
@@ -434,11 +434,11 @@ def test_marks_and_strange_slices_are_warned_of(champion, slice_png, phantoms):
     noise = np.random.default_rng(0)
     usual = np.stack([np.clip(prepared + noise.integers(-2, 3, prepared.shape), 0, 255).astype(np.uint8) for _ in range(24)])
     card = {**engine.card, "seen": seen(usual), "quality": {"colour": {"limit": 0.0002}, "text": {"limit": 3}}}
-    assert seen(usual[:19]) == {} and not any("outside" in w for w in cautions(card, found, usual[0]))
-    assert any("outside of what the model was measured on" in w for w in cautions(card, found, 255 - prepared))
+    assert seen(usual[:19]) == {} and not any("outside" in w for w in cautions(card, found, image_statistics(usual[0])))
+    assert any("outside of what the model was measured on" in w for w in cautions(card, found, image_statistics(255 - prepared)))
     arrow = np.dstack([found.pixels] * 3)
     arrow[100:120, 100:120] = (255, 0, 0)
-    assert any("coloured marks" in w for w in cautions(card, read_slice(encoded(arrow), "a.png"), prepared))
+    assert any("coloured marks" in w for w in cautions(card, read_slice(encoded(arrow), "a.png"), image_statistics(prepared)))
 
 
 @pytest.mark.parametrize("precision", ENGINES)
@@ -639,7 +639,7 @@ def test_the_whole_slice_is_looked_at_for_lungs(champion, slice_png, dicom, clie
     blank = read_slice(encoded(np.full((99, 99), 200, np.uint8)), "a.png")
     lungs = read_slice(slice_png, "b.png")
     for found, expected in ((blank, True), (lungs, False)):
-        said = cautions(card, found, see(found.pixels, 80, "scaling")[0])
+        said = cautions(card, found, image_statistics(see(found.pixels, 80, "scaling")[0]))
         assert any("No lung field" in sentence for sentence in said) is expected
     data = pydicom.dcmread(BytesIO(dicom))
     data.BurnedInAnnotation = "YES"

@@ -33,7 +33,7 @@ from deeptumornet.collection import collect, idc_series
 from deeptumornet.dicom import pseudonym, secret_salt, window, write_dicom
 from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.preprocessing import preprocess
-from deeptumornet.study import Study, StudyError, load_params
+from deeptumornet.study import Study, StudyError, check_params, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -467,6 +467,23 @@ def test_the_choice_of_series_is_fixed_by_the_seed_and_spread_over_patients():
     with pytest.raises(StudyError, match="the index has no CT series of that collection; choose another"):
         idc_series("lung_nothing")
     assert len(idc_series("lidc_idri")) == 1018 and len(idc_series("nsclc_radiomics")) == 422
+
+
+@pytest.mark.parametrize(("collect_", "quality", "sentence"), [
+    ({"source": "tcia", "seires": 3}, {}, "line in collect 'seires' is unknown; choose source, folders,"),
+    ({}, {}, "collect.source is missing; write phantom, kaggle"),
+    ({"source": "phantom"}, None, "quality None must hold a line for each check"),
+    ({"source": "phantom"}, {"foo": {"limit": 1, "action": "exclude"}}, "check in quality 'foo' is unknown; choose unreadable, blank"),
+    ({"source": "phantom"}, {"blank": None}, "quality.blank is None; write a number"),
+    ({"source": "phantom"}, {"blank": {"limit": "8", "action": "flag"}}, "quality.blank is .*'8'.*; write a number"),
+    ({"source": "phantom"}, {"blank": {"limit": 8, "action": "drop"}}, "action in quality.blank 'drop' is unknown; choose exclude, flag"),
+    ({"source": "phantom"}, {"unreadable": {"limit": 8, "action": "flag"}}, "in quality.unreadable 'flag' is unknown; choose exclude"),
+])
+def test_wrong_lines_of_params_are_refused(collect_, quality, sentence):
+    parameters = load_params(ROOT)
+    parameters[parameters["profile"]]["collect"], parameters["quality"] = collect_, quality
+    with pytest.raises(StudyError, match=sentence):
+        check_params(parameters, ROOT)
 
 
 # ---- folders, CSV files, archives

@@ -54,11 +54,11 @@ def measure(name: str, database: str, address: str | Path, spool: Path, champion
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        folder, files = Path(name), pngs()
-        champion = make_champion(folder, files)
-        measure("log_cost", "SQLite", folder / "log.sqlite", folder / "sqlite.spool", champion, files[1])
+        folder, png = Path(name), pngs(2)[1]
+        champion = make_champion(folder)
+        measure("log_cost", "SQLite", folder / "log.sqlite", folder / "sqlite.spool", champion, png)
         try:
             with contextmanager(running_postgres)() as address:
-                measure("log_cost_postgres", "PostgreSQL on the same machine", address, folder / "postgres.spool", champion, files[1])
+                measure("log_cost_postgres", "PostgreSQL on the same machine", address, folder / "postgres.spool", champion, png)
         except pytest.skip.Exception as reason:
             print(f"not measured: {reason}")

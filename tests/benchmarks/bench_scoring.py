@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
-from bench_serving import NETWORK, SIZE, make_champion, pngs
+from bench_serving import NETWORK, SIZE, make_champion
 from benchmark import save
 from PIL import Image
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     if not find_spec("pyspark"):
         sys.exit(print("not measured: pyspark is not installed (pip install 'deeptumornet[spark]')"))
     with tempfile.TemporaryDirectory() as name:
-        champion = make_champion(Path(name), pngs())
+        champion = make_champion(Path(name))
         engine = open_engine(champion)
         archive, target, killed = Path(name) / "archive", Path(name) / "scores", []
         archive.mkdir()

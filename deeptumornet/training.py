@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['CAFFE_MEANS', 'LOW', 'Network', 'load_network', 'settings_of', 'deterministic', 'seed_for', 'load_backbone',
-           'build_body', 'add_head', 'save_model', 'load_model', 'augment', 'training_dataset', 'Learner', 'scores',
-           'shuffled', 'settle', 'prediction_rows', 'class_indices', 'training_labels', 'Features', 'fit_head',
-           'inner_split', 'jobs', 'cross_validate', 'trained_body', 'predictor', 'predict_slices', 'fine_tuner',
-           'train', 'seed_spread', 'all_features', 'save_all', 'log_run', 'show_curve', 'show_curves']
+__all__ = ['CAFFE_MEANS', 'LOW', 'Network', 'load_network', 'settings_of', 'deterministic', 'seed_for', 'devices',
+           'load_backbone', 'build_body', 'add_head', 'save_model', 'load_model', 'augment', 'training_dataset',
+           'Learner', 'scores', 'shuffled', 'settle', 'prediction_rows', 'class_indices', 'training_labels', 'Features',
+           'fit_head', 'inner_split', 'jobs', 'cross_validate', 'trained_body', 'predictor', 'predict_slices',
+           'fine_tuner', 'train', 'seed_spread', 'all_features', 'save_all', 'log_run', 'show_curve', 'show_curves']
 
 # %% ../nbs/03_training.ipynb #c007
 @dataclass(frozen=True)
@@ -100,6 +100,16 @@ CAFFE_MEANS = (103.939, 116.779, 123.68)
 "Mean blue, green and red of ImageNet in 0..255, as keras.applications.imagenet_utils subtracts them in mode caffe"
 
 
+@cache
+def devices() -> tf.distribute.Strategy:
+    """How training is spread: over all GPUs by a MirroredStrategy (over the logical CPUs where there is no GPU and they were configured),
+    which gives each an equal part of a batch and sums the gradients; or TensorFlow's default, for one device."""
+    import tensorflow as tf
+
+    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in found]) if len(found) > 1 else tf.distribute.get_strategy()
+
+
 def load_backbone(network: Network, size: int, weights: str, root: Path) -> keras.Model:
     """The network without its top for pictures of `size` pixels a side and three channels.
 
@@ -109,7 +119,10 @@ def load_backbone(network: Network, size: int, weights: str, root: Path) -> kera
 
     if size < network.least_size:
         raise StudyError(f"train.size {size} is too small for {network.title}: it takes {network.least_size} pixels a side at least")
-    build = getattr(keras.applications, network.application)
+    def build(**told) -> keras.Model:
+        with devices().scope():
+            return getattr(keras.applications, network.application)(**told)
+
     shape = {"include_top": False, "input_shape": (size, size, 3), "name": "backbone"}
     if weights == "imagenet":
         try:
@@ -161,9 +174,10 @@ def add_head(body: keras.Model, classes: int, settings: dict, seed: int) -> kera
 
     keras.utils.set_random_seed(seed)
     x = body.get_layer("features").output
-    x = layers.Dense(settings["units"], activation="relu", name="hidden")(x) if settings["units"] else x
-    x = layers.Dropout(settings["dropout"], seed=seed, name="dropout")(x) if settings["dropout"] else x
-    return keras.Model(body.input, layers.Dense(classes, activation="softmax", name="probabilities")(x), name=body.name)
+    with devices().scope():
+        x = layers.Dense(settings["units"], activation="relu", name="hidden")(x) if settings["units"] else x
+        x = layers.Dropout(settings["dropout"], seed=seed, name="dropout")(x) if settings["dropout"] else x
+        return keras.Model(body.input, layers.Dense(classes, activation="softmax", name="probabilities")(x), name=body.name)
 
 
 def save_model(model: keras.Model, path: Path) -> None:
@@ -187,7 +201,8 @@ def load_model(path: Path) -> keras.Model:
     "The saved model, read in safe mode and not compiled"
     import keras
 
-    return keras.saving.load_model(path, compile=False, safe_mode=True)
+    with devices().scope():
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
 
 # %% ../nbs/03_training.ipynb #c017
 def augment(picture: tf.Tensor, key: tf.Tensor, settings: dict) -> tf.Tensor:
@@ -237,13 +252,15 @@ class Learner:
         import keras
         import tensorflow as tf
 
-        self.model, self.settings, self.classes = model, settings, model.output_shape[-1]
+        self.model, self.settings, self.classes, self.devices = model, settings, model.output_shape[-1], devices()
         kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "rmsprop": keras.optimizers.RMSprop}[settings["optimizer"]]
         decays = settings["weight_decay"] or settings["optimizer"] == "adamw"  # AdamW's own default is 0.004
-        self.optimizer = kind(settings["rate"], **({"weight_decay": settings["weight_decay"]} if decays else {}))
-        self.optimizer.build(model.trainable_variables)
+        with self.devices.scope():
+            self.optimizer = kind(settings["rate"], **({"weight_decay": settings["weight_decay"]} if decays else {}))
+            self.optimizer.build(model.trainable_variables)
         self.start = [v.numpy() for v in self.variables]
-        self.step = tf.function(self._step, autograph=False, reduce_retracing=True)
+        step = self._step if self.devices.num_replicas_in_sync == 1 else self._shared
+        self.step = tf.function(step, autograph=False, reduce_retracing=True)
 
     @property
     def variables(self) -> list:
@@ -265,6 +282,22 @@ class Learner:
         gradients = tape.gradient(loss, self.model.trainable_variables)
         self.optimizer.apply(gradients, self.model.trainable_variables)
         return loss, p
+
+    def _shared(self, x: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple:
+        "`_step` with an equal part of the batch on each device; what fills the parts up has no weight"
+        import tensorflow as tf
+
+        count, size = self.devices.num_replicas_in_sync, tf.shape(labels)[0]
+        each = -(-size // count)
+        places = tf.range(each * count)
+        weights = tf.where(places < size, tf.gather(weights, places % size), 0) * tf.cast(each / size, tf.float32)
+
+        def part() -> tuple:
+            mine = places[:each] + each * tf.distribute.get_replica_context().replica_id_in_sync_group
+            return self._step(tf.nest.map_structure(lambda t: tf.gather(t, mine % size), x), tf.gather(labels, mine % size), tf.gather(weights, mine))
+
+        losses, p = self.devices.run(part)
+        return self.devices.reduce("SUM", losses, axis=None), tf.concat(self.devices.experimental_local_results(p), 0)[:size]
 
     def rates(self, steps: int) -> list[float]:
         "The learning rate of each step: constant, or a warm-up and a cosine decay to a hundredth"
@@ -426,7 +459,7 @@ def jobs(manifest: pd.DataFrame, study: Study) -> list[tuple[pd.DataFrame, np.nd
     settings, folds = study["train"], study["preprocess"]["folds"]
     kept = manifest[manifest["split"].isin(["train", "validation"])]
     found = []
-    for repeat in range(settings["repeats"]):
+    for repeat in settings["repeats"] if isinstance(settings["repeats"], list) else range(settings["repeats"]):
         fold = group_folds(kept, folds, seed_for(study.seed, 1, repeat))
         found += [(kept, fold == k, {"protocol": "grouped", "repeat": repeat, "fold": k}) for k in range(folds)]
     everything = readable(manifest)

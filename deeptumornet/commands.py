@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from .sharing import recall
 from .study import StudyError, open_study, project_root, read_json, record_weights, run_notebook, sha256
 
 # %% auto #0
@@ -293,13 +294,14 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("retrain", help="train a challenger with the slices that feedback verified; it becomes champion only if not inferior")
     again.add_argument("--log", required=True, help="the prediction log, as for monitor")
     again.add_argument("--slices", type=Path, required=True, help="the folder where the site keeps the slices it asked about")
+    again.add_argument("--candidate", type=Path, default=Path("monitoring/candidate.json"), help="why, as monitor wrote it")
     commands.add_parser("rollback", help="bring back the champion before the last promotion")
     archive = commands.add_parser("score", help="score every file of an archive on Spark into Parquet")
     archive.add_argument("archive", help="a folder, or the address of one that every executor reaches")
     archive.add_argument("--to", required=True, help="the Parquet folder that is made")
     archive.add_argument("--master", default="local[*]", help="the Spark cluster; default: all cores of this machine")
     commands.add_parser("share", help="send the runs that are kept here to the server in MLFLOW_TRACKING_URI")
-    hub = commands.add_parser("dagshub", help="make a DagsHub repository the DVC remote, and say how MLflow reaches it")
+    hub = commands.add_parser("dagshub", help="make a DagsHub repository the DVC remote and the MLflow server")
     hub.add_argument("repository", help="owner/repo; the token is read from DAGSHUB_TOKEN")
     predict = commands.add_parser("predict", help="what the exported model says about PNG, JPEG or DICOM slices")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE")
@@ -318,6 +320,8 @@ def parser() -> argparse.ArgumentParser:
 def main(words: list[str] | None = None) -> int:
     "The command `deeptumornet`: 0 when it went well, 1 with one sentence on stderr for bad input, 3 where `monitor` asks for a retraining"
     arguments = parser().parse_args(words)
+    with suppress(StudyError):
+        recall(project_root())
     try:
         if arguments.command == "check":
             record_weights(open_study())
@@ -341,8 +345,10 @@ def main(words: list[str] | None = None) -> int:
             from deeptumornet.retraining import retrain
 
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-            found = retrain(open_study(), exported(None), arguments.log, arguments.slices)
-            print(f"{'a new champion' if found['passes'] else 'the champion stays'}: {found['why']}; {found['used']} of {found['joined']} verified slices used")
+            found = retrain(open_study(), exported(None), arguments.log, arguments.slices, arguments.candidate)
+            print(f"{'a new champion' if found['passes'] else 'the champion stays'}: {found['why']}; {found['used']} of {found['joined']} verified slices used\n"
+                  f"why it was retrained: {found['opened']}\ndata, models and results: git branch {found['branch']}"
+                  + ("; until `git merge` and `dvc checkout` make it the study's own, the next `dvc repro` puts the old champion back" if found["passes"] else ""))
         elif arguments.command == "score":
             from deeptumornet.growing import score
 
@@ -355,7 +361,7 @@ def main(words: list[str] | None = None) -> int:
         elif arguments.command == "dagshub":
             from deeptumornet.sharing import dagshub
 
-            print(dagshub(project_root(), arguments.repository))
+            print(f"data, models and runs go to {arguments.repository}: dvc push, and deeptumornet share → {dagshub(project_root(), arguments.repository)}")
         elif arguments.command == "report":
             from deeptumornet.report import report
 

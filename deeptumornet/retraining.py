@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,17 +30,19 @@ from .log import now, verified
 from .metrics import group_weights, summarise, weighted_auc
 from .monitoring import html_report, one_of_each, watched
 from .preprocessing import complete, examine, load_manifest, read_slice
-from .study import Study, StudyError, atomic, open_study, progress, read_json, run_notebook, write_csv, write_json
+from .study import Study, StudyError, atomic, open_study, progress, read_json, write_csv, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MARGIN = 0.05
 "The challenger's AUC may lie so far under the champion's at most, at the lower end of the 95 % interval of their difference"
+FEEDBACK = "data/feedback"
+"Where verified slices lie in a workspace, in folders named by their labels"
 
 # %% auto #0
-__all__ = ['MARGIN', 'NAME', 'WORKSPACE', 'not_inferior', 'promote', 'rollback', 'gather', 'join', 'challenge', 'reference',
-           'register', 'registered', 'crown', 'retrain']
+__all__ = ['MARGIN', 'FEEDBACK', 'NAME', 'WORKSPACE', 'BRANCH', 'AUTHOR', 'not_inferior', 'promote', 'rollback', 'gather', 'join',
+           'challenge', 'reference', 'register', 'registered', 'crown', 'branch_off', 'decide', 'retrain']
 
 # %% ../nbs/12c_retraining.ipynb #c006
 def not_inferior(champion: pd.DataFrame, challenger: pd.DataFrame, positive: str, margin: float = MARGIN, draws: int = 2000, seed: int = 0) -> dict:
@@ -112,11 +115,16 @@ def promote(champion: Path, challenger: Path, compared: dict) -> str:
 
 
 def rollback(champion: Path) -> str:
-    """Bring back the champion before the last promotion; its version. Raises StudyError where there is none, or its files are gone or altered."""
+    """Bring back the champion before the last promotion, or the one that a killed promotion took away; its version. Raises StudyError where
+    there is none, or its files are gone or altered."""
     with _alone(champion.parent / ".champion.lock", "promotion or rollback"):
         past = champion.parent / "champions" / "history.json"
-        now_is = read_json(champion / "card.json")["version"] if (champion / "card.json").is_file() else None
-        before = [step["from"] for step in read_json(past) if step["to"] == now_is and step["from"] and step["why"] != "rollback"] if past.is_file() else []
+        steps = read_json(past) if past.is_file() else []
+        if (champion / "card.json").is_file():
+            now_is = read_json(champion / "card.json")["version"]
+            before = [step["from"] for step in steps if step["to"] == now_is and step["from"] and step["why"] != "rollback"]
+        else:
+            before = [step["to"] if step["why"] == "rollback" else step["from"] or step["to"] for step in steps]
         if not before:
             raise StudyError(f"no earlier champion is kept beside {os.fspath(champion)}: there is nothing to go back to")
         return _replace(champion, champion.parent / "champions" / before[-1], "rollback")
@@ -145,16 +153,16 @@ def gather(log: str | Path, kept: Path, folder: Path, classes: list[str]) -> int
     return count
 
 
-def join(study: Study, folder: Path, target: Study) -> pd.DataFrame:
-    """Give the workspace of `target` the data of `study` and the slices under `folder`/<label>; the new manifest, whose old rows are as they were.
-    The new rows have source `feedback` and split `train`, or are excluded with a reason. Raises StudyError where all of them are."""
-    old = load_manifest(study.need(study.manifest, "02_preprocessing"))
-    before = pd.read_csv(study.catalogue, dtype=str, keep_default_na=False)
-    for link, place in ((target.raw, study.raw), (target.workspace / "data" / "feedback", folder)):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(place.resolve(), target_is_directory=True)
-    joined = pd.concat([before, catalogue(folder, study.classes, "feedback", prefix="data/feedback", known={})], ignore_index=True)
+def join(study: Study, target: Study) -> pd.DataFrame:
+    """Copy the data of `study` to the workspace of `target`, beside the slices in data/feedback/<label> there; the new manifest, whose old rows are
+    as they were. The new rows have source `feedback` and split `train`, or are excluded with a reason; those of an earlier retraining are
+    made anew. Raises StudyError where all are excluded."""
+    old, before = load_manifest(study.manifest), pd.read_csv(study.catalogue, dtype=str, keep_default_na=False)
+    old, before = (table[table["source"] != "feedback"].reset_index(drop=True) for table in (old, before))
+    with atomic(target.raw) as temporary:
+        shutil.copytree(study.raw, temporary)
+    theirs = catalogue(target.workspace / FEEDBACK, study.classes, "feedback", prefix=FEEDBACK, known={})
+    joined = pd.concat([before, theirs], ignore_index=True)
     write_csv(target.catalogue, joined)
     with atomic(target.slices) as slices:
         slices.mkdir()
@@ -235,13 +243,18 @@ def _client(study: Study) -> MlflowClient:
 
 
 def register(study: Study, folder: Path, found: dict) -> str:
-    "Enter the exported `folder` in the registry of the workspace, with what was `found` as tags; the number of the entry, also where it is there already"
+    """Enter the exported `folder` as an MLflow model (`growing.Scorer`) in the registry of the workspace, with what was `found` as tags; the number
+    of the entry, also where it is there already. StudyError where a file is missing or altered."""
+    from deeptumornet.growing import save_scorer
+
     client, card = _client(study), read_json(folder / "card.json")
     for entry in client.search_model_versions(f"name = '{NAME}'"):
         if entry.tags.get("version") == card["version"]:
             return str(entry.version)
     tags = {"version": card["version"], "network": card["network"], **{k: str(v) for k, v in found.items()}}
-    return str(client.create_model_version(NAME, folder.resolve().as_uri(), tags=tags).version)
+    with atomic(study.workspace / "mlartifacts" / NAME / card["version"]) as model:
+        save_scorer(folder, model)
+    return str(client.create_model_version(NAME, (study.workspace / "mlartifacts" / NAME / card["version"]).as_uri(), tags=tags).version)
 
 
 def registered(study: Study, entry: str) -> Path:
@@ -249,12 +262,13 @@ def registered(study: Study, entry: str) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        folder = Path(url2pathname(urlsplit(_client(study).get_model_version(NAME, entry).source).path))
+        model = Path(url2pathname(urlsplit(_client(study).get_model_version(NAME, entry).source).path))
     except MlflowException:
         raise StudyError(f"the registry in {study.workspace / 'mlflow.db'} has no entry {entry} of {NAME}: see them with `make mlflow`") from None
-    if not (folder / "card.json").is_file():
-        raise StudyError(f"entry {entry} of the registry lies in {folder}, which is gone: put it back, or retrain")
-    return folder
+    card = next(model.glob("artifacts/*/card.json"), None)
+    if not card:
+        raise StudyError(f"entry {entry} of the registry lies in {model}, which is gone: put it back, or retrain")
+    return card.parent
 
 
 def crown(study: Study, version: str) -> None:
@@ -265,45 +279,86 @@ def crown(study: Study, version: str) -> None:
             client.set_registered_model_alias(NAME, "champion", entry.version)
 
 # %% ../nbs/12c_retraining.ipynb #c020
-WORKSPACE = ".retraining"
+WORKSPACE, BRANCH = ".retraining", "challenger"
+AUTHOR = ("-c", "user.name=deeptumornet retrain", "-c", "user.email=deeptumornet@localhost")
 
 
-def retrain(study: Study, champion: Path, log: str | Path, kept: Path) -> dict:
-    """Join the verified slices of the folder `kept` to the data, train and export a challenger in WORKSPACE, challenge, register, and make it
-    the `champion` where it passes; what `challenge` found, with how many slices are `joined` and `used`, and the registry's `entry`, as is
-    told in WORKSPACE/retraining.html.
+def _tool(folder: Path, *words: str, shown: bool = False) -> str:
+    "What git or DVC say to `words` in `folder`, nothing where that is `shown`; StudyError where they fail"
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=not shown, text=True)
+    if done.returncode:
+        said = "what it said stands above" if shown else " ".join(done.stderr.split())[-200:]
+        raise StudyError(f"`{' '.join(words[:6])}` failed in {folder} ({said}): correct that and retrain")
+    return "" if shown else done.stdout.strip()
 
-    Raises StudyError where another retraining is at work, nothing is verified, or a notebook fails; the champion is as it was then."""
+
+def branch_off(study: Study) -> Study:
+    """The study in WORKSPACE, made anew: a git clone of the project as it stands, changes that no commit holds included, with the project's DVC
+    cache, and with the stages that make the data frozen, for that is joined here. Raises StudyError where the project is no git repository with DVC."""
+    folder = study.workspace / WORKSPACE
+    shutil.rmtree(folder, ignore_errors=True)
+    changes = _tool(study.root, "git", *AUTHOR, "stash", "create")
+    _tool(study.root, "git", "clone", "-q", "--shared", ".", str(folder))
+    if changes:
+        _tool(folder, "git", "checkout", "-q", changes, "--", ".")
+    for name in ("dvc.lock", ".dvc/config.local"):
+        if (study.root / name).is_file():
+            shutil.copy(study.root / name, folder / name)
+    _tool(folder, "dvc", "cache", "dir", "--local", _tool(study.root, "dvc", "cache", "dir"))
+    pipeline = folder / "dvc.yaml"
+    pipeline.write_text(re.sub(r"(?m)^  (collect|preprocess):$", r"  \1:\n    frozen: true", pipeline.read_text()))
+    shutil.copytree(study.reports, folder / "reports" / study.profile, dirs_exist_ok=True)
+    return open_study(study.profile, folder, folder)
+
+
+def decide(study: Study, target: Study, champion: Path, told: dict) -> dict:
+    """Challenge the `champion` by what was exported in the workspace of `target`, keep and register that, write retraining.html there, and promote
+    it where it passes; what `challenge` found and what was `told` (joined, used, opened), with the registry's `entry`."""
+    found, manifest = challenge(target, champion) | told, load_manifest(target.manifest)
+    version = read_json(target.champion / "card.json")["version"]
+    kept_as = champion.parent / "challengers" / version
+    with atomic(kept_as) as temporary:
+        shutil.copytree(target.champion, temporary)
+    known = one_of_each(manifest[manifest["split"] == "validation"], "group")
+    write_csv(champion.parent / "references" / f"{version}.csv", watched(Engine(kept_as), _prepared(target)(known)).assign(version=version))
+    found |= {"version": version, "entry": register(study, kept_as, found)}
+    mine = manifest[manifest["source"] == "feedback"]
+    fate = mine["reason"].where(mine["status"] == "excluded", "used for training").str.replace(r"copy of .*", "copy of another slice", regex=True)
+    html_report(target.workspace / "retraining.html", "Retraining", f"{'A new champion' if found['passes'] else 'The champion stays'}: {found['why']}. "
+                f"Why it was retrained: {found['opened']}.",
+                {"Compared": pd.DataFrame([{k: v for k, v in found.items() if k not in ("why", "opened")}]),
+                 "Verified slices": fate.value_counts().rename_axis("fate").reset_index(name="slices")})
+    if found["passes"]:
+        crown(study, promote(champion, registered(study, found["entry"]), found))
+    return found
+
+
+def retrain(study: Study, champion: Path, log: str | Path, kept: Path, candidate: Path) -> dict:
+    """Join the verified slices of the folder `kept` to the data as a version of their own in DVC, run the pipeline from the networks to the export on
+    it, and `decide`; what that found, and the git `branch` that holds data, code, parameters and results. `candidate` is the file in which
+    `deeptumornet monitor` says why, if it asked for a retraining.
+
+    Raises StudyError where another retraining is at work, nothing is verified, or a stage fails; the champion is as it was then."""
     for path in (champion / "card.json", study.manifest):
         if not path.is_file():
             raise StudyError(f"{path} is missing: run `make study` first")
     with _alone(study.workspace / ".retraining.lock", "retraining"):
-        feedback, target = study.workspace / "feedback", open_study(study.profile, study.workspace / WORKSPACE, study.root)
         with _alone(champion.parent / ".champion.lock", "promotion or rollback"):
-            Engine(champion)
             register(study, _keep(champion, champion.parent / "champions"), {})
-        joined = gather(log, kept, feedback, study.classes)
-        if (study.workspace / ".dvc").is_dir():
-            done = subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", "feedback"], cwd=study.workspace, capture_output=True, text=True)
-            if done.returncode:
-                raise StudyError(f"DVC did not take the feedback as a new version ({done.stderr.strip().splitlines()[-1]}): correct that and retrain")
-        manifest = join(study, feedback, target)
-        for notebook in (*study.networks.values(), "07_tuning", "07a_finetuning", "08_comparison", "10_export"):
-            run_notebook(notebook, study.profile, target.workspace, study.root)
-        found = challenge(target, champion)
-        mine = manifest[manifest["source"] == "feedback"]
-        found |= {"joined": joined, "used": int((mine["status"] == "kept").sum())}
-        kept_as = champion.parent / "challengers" / read_json(target.champion / "card.json")["version"]
-        with atomic(kept_as) as temporary:
-            shutil.copytree(target.champion, temporary)
-        known = one_of_each(manifest[manifest["split"] == "validation"], "group")
-        engine = Engine(kept_as)
-        write_csv(champion.parent / "references" / f"{kept_as.name}.csv", watched(engine, _prepared(target)(known)).assign(version=kept_as.name))
-        found["entry"] = register(study, kept_as, found)
-        fate = mine["reason"].where(mine["status"] == "excluded", "used for training").str.replace(r"copy of .*", "copy of another slice", regex=True)
-        html_report(target.workspace / "retraining.html", "Retraining", f"{'A new champion' if found['passes'] else 'The champion stays'}: {found['why']}.",
-                    {"Compared": pd.DataFrame([{k: v for k, v in found.items() if k != "why"}]),
-                     "Verified slices": fate.value_counts().rename_axis("fate").reset_index(name="slices")})
-        if found["passes"]:
-            crown(study, promote(champion, registered(study, found["entry"]), found))
-    return found
+            crown(study, Engine(champion).card["version"])
+        target = branch_off(study)
+        if (study.workspace / FEEDBACK).is_dir():
+            shutil.copytree(study.workspace / FEEDBACK, target.workspace / FEEDBACK)
+        joined = gather(log, kept, target.workspace / FEEDBACK, study.classes)
+        mine = join(study, target).query("source == 'feedback'")
+        _tool(target.root, "dvc", "add", "-q", FEEDBACK)
+        _tool(target.root, "dvc", "commit", "-q", "-f", "collect", "preprocess")
+        _tool(target.root, "dvc", "repro", "export", shown=True)
+        opened = "{why} (since {opened})".format_map(read_json(candidate)) if candidate.is_file() else f"somebody asked, for monitoring left no {candidate}"
+        found = decide(study, target, champion, {"joined": joined, "used": int((mine["status"] == "kept").sum()), "opened": opened})
+        branch = f"{BRANCH}/{found['version']}"
+        _tool(target.root, "git", "add", "-A")
+        _tool(target.root, "git", *AUTHOR, "commit", "-qm", f"Challenger {found['version']}: {found['why']}")
+        _tool(study.root, "git", "fetch", "-q", "--no-tags", str(target.root), f"+HEAD:refs/heads/{branch}")
+    return found | {"branch": branch}

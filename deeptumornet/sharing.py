@@ -8,23 +8,50 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 import requests
 from filelock import FileLock
 
-from .study import Study, StudyError, progress
+from .study import Study, StudyError, process_name, progress
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+ADDRESS = ".mlflow.env"
+"The project's file, which git ignores, with what MLflow reads from the environment: `dagshub` writes it, `deeptumornet` reads it"
 
 # %% auto #0
-__all__ = ['send_runs', 'dagshub']
+__all__ = ['ADDRESS', 'send_runs', 'dagshub', 'recall']
 
 # %% ../nbs/12d_sharing.ipynb #c006
 def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
+def _dead(runs: list[Run]) -> list[str]:
+    "The ids of those of `runs` that are said to be running, and whose process on this machine (see `tracked`), or that of the run around them, is gone"
+    process = {run.info.run_id: run.data.tags.get("process") for run in runs}
+    found = []
+    for run in runs:
+        told = process[run.info.run_id] or process.get(run.data.tags.get("mlflow.parentRunId"))
+        if run.info.status == "RUNNING" and told and told.split()[0] == process_name().split()[0] and not _alive(told):
+            found.append(run.info.run_id)
+    return found
+
+
+def _alive(told: str) -> bool:
+    try:
+        return process_name(int(told.split()[1])) == told
+    except psutil.NoSuchProcess:
+        return False
+
+
 def send_runs(study: Study, server: str | None = None) -> int:
     """Copy the finished runs of the study's experiment from the workspace's own file to the MLflow `server` (default: MLFLOW_TRACKING_URI),
-    each once; how many were new. A run that was left half-sent is sent anew; one inside a run that goes on waits for it.
+    each once; how many were new. A run that was left half-sent is sent anew; one inside a run that goes on waits for it, one whose process
+    is gone is ended as KILLED first.
 
     Raises StudyError where no server is named, there is no such file, and where the server refuses or does not answer."""
     from mlflow import MlflowClient
@@ -44,6 +71,10 @@ def send_runs(study: Study, server: str | None = None) -> int:
     own = local.get_experiment_by_name(name)
     with FileLock(study.workspace / ".share.lock"):
         runs = local.search_runs([own.experiment_id], max_results=50000, order_by=["attributes.start_time"]) if own else []
+        if dead := _dead(runs):
+            for run in dead:
+                local.set_terminated(run, "KILLED")
+            runs = local.search_runs([own.experiment_id], max_results=50000, order_by=["attributes.start_time"])
         there = {r.info.run_id: r.data.tags["sent_as"] for r in runs if r.data.tags.get("sent_to") == place}
         going = {r.info.run_id for r in runs if r.info.status == "RUNNING"}
         unsent = [r for r in runs if r.info.run_id not in there and not {r.info.run_id, r.data.tags.get("mlflow.parentRunId")} & going]
@@ -76,8 +107,8 @@ def send_runs(study: Study, server: str | None = None) -> int:
 
 # %% ../nbs/12d_sharing.ipynb #c011
 def dagshub(root: Path, repository: str) -> str:
-    """Make the DagsHub `repository` (owner/repo) the DVC remote of the project in `root`; the words that set MLflow's address. The token is
-    read from DAGSHUB_TOKEN, another host from DAGSHUB_CLIENT_HOST, as DagsHub's own client does.
+    """Make the DagsHub `repository` (owner/repo) the DVC remote of the project in `root` and the MLflow server of its runs; MLflow's address.
+    The token is read from DAGSHUB_TOKEN, another host from DAGSHUB_CLIENT_HOST, as DagsHub's own client does.
 
     Raises StudyError, and changes nothing, where the name or the token is missing or refused, the host does not answer, or DVC is missing."""
     try:
@@ -104,10 +135,16 @@ def dagshub(root: Path, repository: str) -> str:
     with config.edit("repo") as shared:
         shared.setdefault("core", {})["remote"] = "dagshub"
         shared.setdefault("remote", {})["dagshub"] = {"url": f"{host}/{repository}.dvc"}
-    secret = root / ".dvc" / "config.local"
-    secret.touch(0o600)
-    secret.chmod(0o600)
+    for secret in (root / ".dvc" / "config.local", root / ADDRESS):
+        secret.touch(0o600)
+        secret.chmod(0o600)
     with config.edit("local") as own:
         own.setdefault("remote", {})["dagshub"] = {"auth": "basic", "user": token, "password": token}
-    return (f"export MLFLOW_TRACKING_URI={tracking}\nexport MLFLOW_TRACKING_USERNAME=$DAGSHUB_TOKEN\n"
-            "export MLFLOW_TRACKING_PASSWORD=$DAGSHUB_TOKEN")
+    (root / ADDRESS).write_text(f"MLFLOW_TRACKING_URI={tracking}\nMLFLOW_TRACKING_USERNAME={token}\nMLFLOW_TRACKING_PASSWORD={token}\n")
+    return tracking
+
+
+def recall(root: Path) -> None:
+    "Set for MLflow what `dagshub` wrote for the project in `root`, where the environment names no server: its password is for no other"
+    if (root / ADDRESS).is_file() and not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ.update(line.split("=", 1) for line in (root / ADDRESS).read_text().splitlines())

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -35,8 +36,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'QUALITY', 'StudyError', 'project_root', 'check_params', 'load_params', 'sweep', 'atomic',
            'write_json', 'write_csv', 'write_table', 'read_json', 'sha256', 'Study', 'open_study', 'weights_file',
-           'weights_told', 'record_weights', 'with_weights', 'save_figure', 'progress', 'time_left', 'code_revision',
-           'tracked', 'run_notebook']
+           'weights_told', 'record_weights', 'with_weights', 'save_figure', 'progress', 'time_left', 'process_name',
+           'code_revision', 'tracked', 'run_notebook']
 
 # %% ../nbs/00_study.ipynb #c005
 class StudyError(Exception):
@@ -362,6 +363,12 @@ def time_left(what: str, done: int, total: int, start: float) -> None:
     print(f"{what}: {done} of {total} in {tqdm.format_interval(took)}, {tqdm.format_interval(took / done * (total - done))} left", file=sys.stderr, flush=True)
 
 # %% ../nbs/00_study.ipynb #c024
+def process_name(pid: int | None = None) -> str:
+    "The machine, the number and the time of birth of the process `pid` (default: this one), which together no other has; psutil.NoSuchProcess"
+    process = psutil.Process(pid)
+    return f"{platform.node()} {process.pid} {process.create_time():.1f}"
+
+
 def code_revision(root: Path) -> str:
     "The git commit of the project, with `+changes` where what makes the results differs from it (the results themselves do in every run); `unknown` outside git"
     def git(*words: str) -> str:
@@ -394,6 +401,7 @@ def tracked(study: Study, name: str, params: dict | None = None, nested: bool = 
             mlflow.log_params({"seed": study.seed, **(params or {})})
             mlflow.set_tags({
                 "code_revision": code_revision(study.root),
+                "process": process_name(),
                 "data_sha256": sha256(study.manifest) if study.manifest.exists() else "none",
             })
             yield run

@@ -1,10 +1,12 @@
 """What several test files share: a tiny exported champion, phantom slices that need no file, a PostgreSQL server."""
 
+import json
 import os
 import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from hypothesis import settings
 from PIL import Image
 
@@ -86,6 +89,40 @@ def champion(tmp_path_factory, phantoms) -> Path:
     return folder / "champion"
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 server (moto's) in a process of its own, which checks every signature, with the bucket `team`; its address, and its keys."""
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    words = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/tmp")
+    try:
+        for _ in range(300):
+            try:
+                requests.get(f"{address}/moto-api/data.json", timeout=5)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.1)
+        nobody = {"endpoint_url": address, "region_name": "us-east-1", "aws_access_key_id": "-", "aws_secret_access_key": "-"}
+        iam = boto3.client("iam", **nobody)
+        iam.create_user(UserName="team")
+        iam.put_user_policy(UserName="team", PolicyName="store", PolicyDocument=json.dumps(
+            {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}))
+        made = iam.create_access_key(UserName="team")["AccessKey"]
+        boto3.client("s3", **nobody).create_bucket(Bucket="team")
+        requests.post(f"{address}/moto-api/reset-auth", data="0", timeout=5).raise_for_status()
+        yield address, {"AWS_ACCESS_KEY_ID": made["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": made["SecretAccessKey"],
+                        "AWS_DEFAULT_REGION": "us-east-1"}
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
 def running_postgres() -> Iterator[str]:
     """A real PostgreSQL server on loopback, with a password; its SQLAlchemy address."""
     found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,15 +17,16 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from PIL import Image
 
-from deeptumornet import retraining
 from deeptumornet.collection import collect
+from deeptumornet.commands import main
 from deeptumornet.dicom import window
 from deeptumornet.export import Engine
 from deeptumornet.log import PredictionLog, image_statistics
 from deeptumornet.phantom import draw_patient, slice_hu
 from deeptumornet.preprocessing import load_manifest, preprocess, read_slice
-from deeptumornet.retraining import WORKSPACE, crown, not_inferior, promote, reference, retrain, rollback
-from deeptumornet.study import StudyError, open_study, read_json, sha256, write_json
+from deeptumornet.retraining import FEEDBACK, decide, gather, join, not_inferior, promote, reference, register, registered, rollback
+from deeptumornet.serving import answer, open_engine
+from deeptumornet.study import Study, StudyError, open_study, read_json, sha256, write_json
 
 
 @pytest.fixture
@@ -93,6 +95,16 @@ def test_a_kept_champion_whose_file_is_gone(rivals):
     assert Engine(champion).card["version"] == "challeng", "the running champion is untouched"
 
 
+def test_a_promotion_killed_between_the_two_folders(rivals):
+    champion, challenger = rivals
+    first = Engine(champion).card["version"]
+    promote(champion, challenger, good(champion))
+    shutil.rmtree(champion)
+    assert rollback(champion) == first == Engine(champion).card["version"]
+    shutil.rmtree(champion)
+    assert rollback(champion) == first == Engine(champion).card["version"], "a rollback that was killed is finished"
+
+
 def test_the_service_takes_up_a_new_champion_and_drops_no_request(rivals, slice_png):
     champion, challenger = rivals
     with socket.socket() as free:
@@ -137,7 +149,8 @@ def site(tmp_path_factory, champion):
     collect(study)
     preprocess(study)
     shutil.copytree(champion, study.champion)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=study.workspace, check=True)
+    (study.workspace / "params.yaml").write_text((study.root / "params.yaml").read_text().replace("profile: demo", "profile: smoke", 1))
+    (study.workspace / "nbs").symlink_to(study.root / "nbs")
     kept = study.workspace / "kept"
     kept.mkdir()
     for k in range(6):
@@ -157,25 +170,28 @@ def site(tmp_path_factory, champion):
     return study, kept
 
 
-def arrive(champion, passes: bool):
-    "In place of the networks' hours: the tiny champion comes out of the export as the challenger, with a baseline that it beats or not"
-    def run_notebook(name, profile, workspace, root):
-        if name == "10_export":
-            target = workspace / "models" / "champion"
-            shutil.copytree(champion, target, dirs_exist_ok=True)
-            card = read_json(target / "card.json")
-            card["metrics"]["auc"] = {"value": 0.8 if passes else 0.6}
-            write_json(target / "card.json", card | {"version": "passes" if passes else "fails"})
-    return run_notebook
-
-
-def test_verified_slices_join_and_the_hold_out_stays_locked(site, champion, monkeypatch):
+@pytest.fixture(scope="module")
+def target(site):
+    "The workspace in which a challenger is made, after the join and before the pipeline, which runs in tests/test_pipeline.py"
     study, kept = site
-    monkeypatch.setattr(retraining, "run_notebook", arrive(champion, passes=False))
-    before = load_manifest(study.manifest)
-    found = retrain(study, study.champion, study.workspace / "log.sqlite", kept)
-    assert (found["joined"], found["used"], found["passes"]) == (6, 5, False) and "is not over the baseline thumbnail's" in found["why"]
-    after = load_manifest(study.workspace / WORKSPACE / "data" / "manifest.csv")
+    target = open_study("smoke", study.workspace / "target")
+    assert gather(study.workspace / "log.sqlite", kept, target.workspace / FEEDBACK, study.classes) == 6
+    join(study, target)
+    return target
+
+
+def export(champion: Path, target: Study, version: str, auc: float) -> dict:
+    "The tiny champion stands where the pipeline's export would, under another name; what the retraining knows besides"
+    shutil.copytree(champion, target.champion, dirs_exist_ok=True)
+    card = read_json(target.champion / "card.json")
+    card["metrics"]["auc"] = {"value": auc}
+    write_json(target.champion / "card.json", card | {"version": version})
+    return {"joined": 6, "used": 5, "opened": "the accuracy fell"}
+
+
+def test_verified_slices_join_and_the_hold_out_stays_locked(site, target):
+    study, _ = site
+    before, after = load_manifest(study.manifest), load_manifest(target.manifest)
     pd.testing.assert_frame_equal(after.iloc[:len(before)], before)
     new = after.iloc[len(before):]
     used = new[new["status"] == "kept"]
@@ -183,39 +199,56 @@ def test_verified_slices_join_and_the_hold_out_stays_locked(site, champion, monk
     assert used["label"].value_counts().to_dict() == {study.classes[0]: 3, study.classes[1]: 2}, "the later word counts"
     assert new.loc[new["status"] == "excluded", "reason"].str.contains("exact copy of data/raw/").all()
     for name in used["image_id"]:
-        assert (study.workspace / WORKSPACE / "data" / "slices" / f"{name}.png").is_file()
+        assert (target.slices / f"{name}.png").is_file()
+
+
+def test_a_challenger_under_the_baseline_is_registered_and_not_promoted(site, target, champion):
+    study, _ = site
+    found = decide(study, target, study.champion, export(champion, target, "fails", 0.6))
+    assert not found["passes"] and "is not over the baseline thumbnail's" in found["why"]
     assert Engine(study.champion).card["version"] == Engine(champion).card["version"], "the champion stays"
-    assert "nfiles: 6" in (study.workspace / "feedback.dvc").read_text()
-    said = (study.workspace / WORKSPACE / "retraining.html").read_text()
-    assert "The champion stays" in said and "not over the baseline" in said and "copy of another slice" in said
+    assert Engine(registered(study, found["entry"])).card["version"] == "fails"
+    said = (target.workspace / "retraining.html").read_text()
+    for words in ("The champion stays", "not over the baseline", "copy of another slice", "the accuracy fell"):
+        assert words in said
 
 
-def test_a_challenger_that_is_not_inferior_is_registered_and_promoted(site, champion, monkeypatch):
+def test_a_challenger_that_is_not_inferior_is_promoted_watched_and_taken_back(site, target, champion, slice_png, monkeypatch, capsys):
     study, kept = site
-    monkeypatch.setattr(retraining, "run_notebook", arrive(champion, passes=True))
-    assert retrain(study, study.champion, study.workspace / "log.sqlite", kept)["passes"]
+    first = Engine(champion).card["version"]
+    assert decide(study, target, study.champion, export(champion, target, "passes", 0.8))["passes"]
     assert Engine(study.champion).card["version"] == "passes"
-    client = MlflowClient(f"sqlite:///{study.workspace / 'mlflow.db'}")
+    monkeypatch.chdir(study.workspace)
+    store = f"sqlite:///{study.workspace / 'mlflow.db'}"
+    client = MlflowClient(store)
     entry = client.get_model_version_by_alias("deeptumornet", "champion")
     assert entry.tags["version"] == "passes" and entry.tags["passes"] == "True" and "not inferior" in entry.tags["why"]
-    assert len(pd.read_csv(reference(study, study.champion))) == 6, "monitoring has a reference of the new champion"
-    assert rollback(study.champion) == Engine(champion).card["version"]
-    crown(study, Engine(champion).card["version"])
-    assert client.get_model_version_by_alias("deeptumornet", "champion").tags["version"] == Engine(champion).card["version"]
+    mlflow.set_tracking_uri(store)
+    try:
+        said = mlflow.pyfunc.load_model("models:/deeptumornet@champion").predict(pd.DataFrame({"content": [slice_png]}))
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert said["probability"][0] == pytest.approx(answer(open_engine(study.champion), slice_png)["probability"], abs=1e-6)
+    known = pd.read_csv(reference(study, study.champion))
+    assert len(known) == 6, "monitoring has a reference of the new champion"
+    pd.concat([known] * 4).to_csv(reference(study, study.champion), index=False)
+    assert main(["monitor", "--log", "log.sqlite", "--to", "watched"]) in (0, 3)
+    assert capsys.readouterr().out.startswith(("keep: ", "retrain: "))
+    assert (study.workspace / "watched" / "drift.html").is_file()
+    register(study, champion, {})
+    assert main(["rollback"]) == 0 and f"the champion is {first} again" in capsys.readouterr().out
+    assert client.get_model_version_by_alias("deeptumornet", "champion").tags["version"] == first == Engine(study.champion).card["version"]
 
 
-def test_a_retraining_that_cannot_be(site, champion, tmp_path, monkeypatch):
+def test_a_retraining_that_cannot_be(site, tmp_path, monkeypatch, capsys):
     study, kept = site
-
-    def fails(*_):
-        with ThreadPoolExecutor(1) as pool, pytest.raises(StudyError, match="another retraining is at work"):
-            pool.submit(retrain, study, study.champion, study.workspace / "log.sqlite", kept).result()
-        raise StudyError("notebook 04_resnet50 was killed")
-
-    monkeypatch.setattr(retraining, "run_notebook", fails)
-    before = sha256(study.champion / "card.json")
-    with pytest.raises(StudyError, match="was killed"):
-        retrain(study, study.champion, study.workspace / "log.sqlite", kept)
-    assert sha256(study.champion / "card.json") == before
+    monkeypatch.chdir(study.workspace)
+    words = ["retrain", "--log", "log.sqlite", "--slices"]
+    with FileLock(study.workspace / ".retraining.lock"):
+        assert main([*words, "kept"]) == 1 and "another retraining is at work" in capsys.readouterr().err
     with pytest.raises(StudyError, match="no slice in .* has feedback in the log"):
-        retraining.gather(study.workspace / "log.sqlite", tmp_path, tmp_path / "feedback", study.classes)
+        gather(study.workspace / "log.sqlite", tmp_path, tmp_path / "feedback", study.classes)
+    before = sha256(study.champion / "card.json")
+    assert main([*words, "kept"]) == 1, "this workspace is no git repository"
+    said = capsys.readouterr().err
+    assert "`git -c user.name" in said and "correct that and retrain" in said and sha256(study.champion / "card.json") == before

@@ -17,11 +17,12 @@ import pytest
 import requests
 import sqlalchemy as sa
 from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
 
-from deeptumornet.sharing import dagshub, send_runs
+from deeptumornet.commands import main
+from deeptumornet.sharing import dagshub, recall, send_runs
 from deeptumornet.study import StudyError, open_study, sha256, tracked
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKEN, REPOSITORY = "a-token-for-tests-only", "owner/repo"
 
 
@@ -167,6 +168,8 @@ def first(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(bytes(range(k, 256)) * 100)
     shell(folder, "dvc", "add", "-q", "data/raw", "models/champion")
+    (folder / "params.yaml").touch()
+    (folder / ".git/info/exclude").write_text(".mlflow.env")
     return folder
 
 
@@ -210,7 +213,7 @@ def test_a_server_that_is_down_and_started_later(postgres, port, request, at, wo
         "while it is down": (0.5, "FINISHED"), "while it is up": (0.75, "FINISHED")}
 
 
-def test_dagshub_by_one_command(hub, at, project, work, monkeypatch):
+def test_dagshub_by_one_command(hub, at, project, work, monkeypatch, capsys):
     host, refused = hub
     monkeypatch.setenv("DAGSHUB_CLIENT_HOST", host)
     monkeypatch.setenv("DAGSHUB_TOKEN", "another token")
@@ -221,17 +224,24 @@ def test_dagshub_by_one_command(hub, at, project, work, monkeypatch):
     with pytest.raises(StudyError, match="is no MLflow server"):
         dagshub(project, "owner/another")
     assert (project / ".dvc/config").read_bytes() == config, "nothing was changed"
-    said = dict(line.removeprefix("export ").split("=") for line in dagshub(project, REPOSITORY).splitlines())
-    at(said["MLFLOW_TRACKING_URI"])
-    study = open_study("smoke", work)
+    monkeypatch.chdir(project)
+    assert main(["dagshub", REPOSITORY]) == 0 and TOKEN not in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another.invalid")
+    recall(project)
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://another.invalid", "the environment goes before"
+    at("", "")
+    recall(project)
+    study = open_study("smoke", work, ROOT)
     with tracked(study, "for DagsHub"):
         pass
     sent = mlflow.search_runs(search_all_experiments=True).set_index("tags.mlflow.runName")["tags.sent_to"]
-    assert sent["for DagsHub"] == said["MLFLOW_TRACKING_URI"] and refused == []
+    assert sent["for DagsHub"] == f"{host}/{REPOSITORY}.mlflow" and refused == []
     theirs = colleague(project)
     history = shell(project, "git", "log", "-p", "--all")
-    secret = project / ".dvc/config.local"
-    assert TOKEN not in history and f"{REPOSITORY}.dvc" in history and TOKEN in secret.read_text() and secret.stat().st_mode & 0o77 == 0
+    assert TOKEN not in history and f"{REPOSITORY}.dvc" in history
+    for secret in (project / ".dvc/config.local", project / ".mlflow.env"):
+        assert TOKEN in secret.read_text() and secret.stat().st_mode & 0o77 == 0
+        shell(ROOT, "git", "check-ignore", "-q", str(secret.relative_to(project)))
     local = theirs / ".dvc/config.local"
     local.write_text(local.read_text().replace(TOKEN, "a-wrong-token"))
     shutil.rmtree(theirs / ".dvc/cache")
@@ -240,23 +250,45 @@ def test_dagshub_by_one_command(hub, at, project, work, monkeypatch):
     assert "ERROR" in said and "a-wrong-token" not in said
 
 
-def test_two_clones_over_s3(project):
-    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    try:
-        address = "http://127.0.0.1:{1}".format(*s3.get_host_and_port())
-        assert requests.put(f"{address}/team", timeout=10).ok
-        (project / ".dvc/config").write_text(
-            f"[core]\n    remote = team\n['remote \"team\"']\n    url = s3://team/store\n    endpointurl = {address}\n")
-        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-        theirs = colleague(project, **keys)
-        shutil.rmtree(theirs / ".dvc/cache")
-        (theirs / TRACKED[2]).unlink()
-        nobody = dict.fromkeys(keys, "") | {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(theirs)}
-        assert "ERROR" in dvc_fails(theirs, "pull", "--force", **nobody)
-        assert "secret" not in shell(project, "git", "log", "-p", "--all")
-    finally:
-        s3.stop()
+def test_the_wrong_keys_of_an_s3_server(project, s3):
+    address, keys = s3
+    (project / ".dvc/config").write_text(
+        f"[core]\n    remote = team\n['remote \"team\"']\n    url = s3://team/store\n    endpointurl = {address}\n")
+    theirs = colleague(project, **keys)
+    shutil.rmtree(theirs / ".dvc/cache")
+    (theirs / TRACKED[2]).unlink()
+    for wrong in ({"AWS_SECRET_ACCESS_KEY": "another-secret"}, {"AWS_ACCESS_KEY_ID": "AKIANOBODY"}):
+        said = dvc_fails(theirs, "pull", "--force", **(keys | wrong))
+        assert "Forbidden" in said and not any(secret in said for secret in [keys["AWS_SECRET_ACCESS_KEY"], *wrong.values()])
+    assert not (theirs / TRACKED[2]).exists()
+    shell(theirs, "dvc", "pull", "-q", **keys)
+    assert sha256(theirs / TRACKED[2]) == sha256(project / TRACKED[2])
+    assert keys["AWS_SECRET_ACCESS_KEY"] not in shell(project, "git", "log", "-p", "--all")
+
+
+def test_a_run_that_was_killed_is_ended_and_sent(server, at, work, monkeypatch, capsys):
+    script = """if True:
+        import mlflow, os, sys
+        from deeptumornet.study import open_study, tracked
+        with tracked(open_study("smoke", sys.argv[1]), "killed"):
+            with mlflow.start_run(run_name="ended", nested=True):
+                mlflow.log_metric("auc", 0.25)
+            with mlflow.start_run(run_name="half", nested=True):
+                os.kill(os.getpid(), 9)
+    """
+    assert subprocess.run([sys.executable, "-c", script, str(work)], cwd=ROOT).returncode == -signal.SIGKILL
+    (work / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("profile: demo", "profile: smoke", 1))
+    (work / "nbs").symlink_to(ROOT / "nbs")
+    monkeypatch.chdir(work)
+    at("")
+    with tracked(open_study(), "goes on"):
+        at(server)
+        assert main(["share"]) == 0 and "runs sent" in capsys.readouterr().out
+    client = MlflowClient(server)
+    runs = {r.info.run_name: r for r in client.search_runs([client.get_experiment_by_name("deeptumornet-smoke").experiment_id])}
+    assert [runs[name].info.status for name in ("killed", "ended", "half")] == ["KILLED", "FINISHED", "KILLED"]
+    assert "goes on" not in runs
+    assert runs["ended"].data.tags["mlflow.parentRunId"] == runs["killed"].info.run_id and runs["ended"].data.metrics == {"auc": 0.25}
 
 
 def test_nothing_to_send(tmp_path, monkeypatch):

@@ -315,6 +315,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'deeptumornet.growing.Scorer.load_context': ( 'growing.html#scorer.load_context',
                                                                                     'deeptumornet/growing.py'),
                                       'deeptumornet.growing.Scorer.predict': ('growing.html#scorer.predict', 'deeptumornet/growing.py'),
+                                      'deeptumornet.growing.cost_model': ('growing.html#cost_model', 'deeptumornet/growing.py'),
+                                      'deeptumornet.growing.cost_page': ('growing.html#cost_page', 'deeptumornet/growing.py'),
                                       'deeptumornet.growing.save_scorer': ('growing.html#save_scorer', 'deeptumornet/growing.py'),
                                       'deeptumornet.growing.score': ('growing.html#score', 'deeptumornet/growing.py')},
             'deeptumornet.jobs': { 'deeptumornet.jobs.Jobs': ('jobs.html#jobs', 'deeptumornet/jobs.py'),

@@ -20,7 +20,7 @@ from .serving import read_upload
 from .study import StudyError
 
 # %% auto #0
-__all__ = ['Scorer', 'save_scorer', 'score']
+__all__ = ['SLICES', 'PRICE', 'Scorer', 'save_scorer', 'score', 'cost_model', 'cost_page']
 
 # %% ../nbs/15_growing.ipynb #c007
 class Scorer(mlflow.pyfunc.PythonModel):
@@ -83,3 +83,31 @@ def score(champion: Path, archive: str, target: str, master: str = "local[*]") -
                              "target that is not") from None
         finally:
             spark.stop()
+
+# %% ../nbs/15_growing.ipynb #c014
+SLICES, PRICE = 75_000_000, 0.05
+"A national screening archive, and an assumed price of a core-hour"
+
+
+def cost_model(run: dict, slices: int = SLICES) -> dict:
+    """What the benchmark `run` (reports/benchmarks/spark_scoring.json) says of `slices` slices: `slices_per_core_hour` and `core_hours`, each as value, low
+    and high (None where the run has no interval), and `price` at PRICE; with the run's own conditions."""
+    rate = run.get("rate", {"value": run["slices_per_core_hour"], "low": None, "high": None, "interval": "none: one run"})
+    ends = {name: slices / rate[other] if rate[other] else None for name, other in (("value", "value"), ("low", "high"), ("high", "low"))}
+    told = {name: run.get(name, "not recorded") for name in ("network", "size", "pixels", "files", "distinct", "cores", "seconds", "killed", "lost", "doubled",
+                                                             "largest_difference", "machine")}
+    return {"slices_per_core_hour": rate, "slices": slices, "core_hours": ends, "price": PRICE * ends["value"], "measured": told}
+
+
+def cost_page(found: dict) -> str:
+    "The `cost_model` as a page in Markdown"
+    def said(number: dict) -> str:
+        return f"{number['value']:,.0f}" + (f" ({number['low']:,.0f} to {number['high']:,.0f})" if number["low"] else " (one run, no interval)")
+    hours, run = found["core_hours"], found["measured"]
+    rows = [f"| {cores:,} | {hours['value'] / cores:,.1f} |" for cores in (2, 64, 1024)]
+    return "\n".join([
+        "# Scoring a national screening archive", "",
+        f"Measured: {said(found['slices_per_core_hour'])} slices per core-hour, {run['network']} at {run['size']} pixels, {run['files']:,} files (different ones: {run['distinct']}) of {run['pixels']} pixels on "
+        f"{run['cores']} cores ({run['machine']}) in {run['seconds']:.0f} s; {run['killed']} executor killed, {run['lost']} lost, {run['doubled']} doubled.", "",
+        f"Projected, not run: {found['slices'] / 1e6:.0f} million slices take {said(hours)} core-hours, {found['price']:,.0f} at {PRICE} a core-hour (an assumption).", "",
+        "| cores | hours |", "|---|---|", *rows, "", "What else grows, and what was run of it: `nbs/15_growing.ipynb`.", ""])

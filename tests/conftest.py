@@ -122,7 +122,6 @@ def s3():
         server.wait()
 
 
-@contextmanager
 def running_postgres() -> Iterator[str]:
     """A real PostgreSQL server on loopback, with a password; its SQLAlchemy address."""
     found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)

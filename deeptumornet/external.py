@@ -99,7 +99,8 @@ def choose_strength(x: np.ndarray, rows: pd.DataFrame, seed: int, repeats: int =
 def external(train: Path, test: Path, positive: Sequence[str], negative: Sequence[str], weights: Path, seed: int = 0) -> dict:
     """What a classifier fitted on the folder `train` reaches on the folder `test`, JSON-ready: auc with low and high (95 %, bootstrap over groups),
     balanced_accuracy with balanced_accuracy_low and balanced_accuracy_high, n, n_groups, n_excluded, {value, low, high} of both for each baseline,
-    the AUC in grouped folds of the training folder, for each block of LAYERS too, and a verdict.
+    the AUC in grouped folds of the training folder, for each block of LAYERS too, AUC with low and high of the block that these folds favour, and a
+    verdict.
 
     `positive` and `negative` are beginnings of sub-folder names. Raises StudyError for folders or weights that do not serve."""
     weights = Path(weights)
@@ -126,6 +127,8 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
         return scores(tested["label"], p, tested["group"], seed)
 
     result = score(classifier(strength), inputs["train"][LAYER], inputs["test"][LAYER])
+    favoured = max(layers, key=layers.get)
+    other = score(classifier(chosen[favoured][0]), inputs["train"][favoured], inputs["test"][favoured])["auc"]
     others = {}
     for name in BASELINES:
         fit, model = baseline(name, rows, seen)
@@ -135,7 +138,8 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
               **{f"balanced_accuracy_{k}": result["balanced_accuracy"][k] for k in ("low", "high")},
               "n_groups": result["n_groups"], "n_excluded": excluded,
               "baselines": others, "train": {"n": len(rows), "n_groups": int(rows["group"].nunique()), "auc_grouped_folds": layers[LAYER], "auc_by_layer": layers},
-              "strength": strength, "layer": LAYER, "weights": weights.name, "normalise": SETTINGS["normalise"]}
+              "strength": strength, "layer": LAYER,
+              "favoured_by_folds": {"layer": favoured, "auc": other["value"], "low": other["low"], "high": other["high"]}, "weights": weights.name, "normalise": SETTINGS["normalise"]}
     return report | {"verdict": verdict(report)}
 
 
@@ -146,6 +150,9 @@ def verdict(report: dict) -> str:
     said = (f"AUC {report['auc']:.2f} ({report['low']:.2f} to {report['high']:.2f}) on {report['n']} slices in {report['n_groups']} groups of another "
             f"source; {report['train']['auc_grouped_folds']:.2f} in grouped folds of its own. "
             f"Best of what sees no tumour, {BASELINES[name]}: {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f}). ")
+    if (favoured := report["favoured_by_folds"])["layer"] != report["layer"]:
+        said += (f"Block {report['layer']} was fixed beforehand; {favoured['layer']}, which these folds favour, reaches {favoured['auc']:.2f} "
+                 f"({favoured['low']:.2f} to {favoured['high']:.2f}): the score hangs on the block. ")
     if report["low"] <= 0.5:
         return said + "No better than chance: what was learned does not hold there."
     if report["low"] <= auc["value"]:

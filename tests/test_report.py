@@ -78,7 +78,8 @@ def test_each_artefact_of_a_checklist_is_in_the_repository(profile):
 
 
 def test_only_figures_that_show_slices_stay_out_of_the_repository():
-    pictures = {f"reports/paper/figures/{name}.{kind}" for name in ("examples", "heat_maps", "worst_errors") for kind in ("png", "pdf")}
+    pictures = {f"reports/paper/figures/{name}.{kind}" for name in ("before_after", "examples", "heat_maps", "worst_errors")
+                for kind in ("png", "pdf")}
     files = [*(ROOT / "reports/demo/figures").glob("*.png"), *(ROOT / "reports/demo/figures").glob("*.pdf")]
     drawn = {f"reports/paper/figures/{file.name}" for file in files}
     told = subprocess.run(["git", "check-ignore", "--no-index", *drawn], cwd=ROOT, capture_output=True, text=True)

@@ -201,7 +201,7 @@ def test_the_boxes_of_radiologists_reach_the_pointing_game(tmp_path):
     uid = next(uid for uid in uids if uid in boxes)
     study = Study("smoke", ROOT, tmp_path, open_study("smoke", tmp_path).settings)
     rows = series_rows({"label": "adenocarcinoma", "patient": "A0002", "series": "1", "licence": "", "count": 1}, [uids[uid]], boxes)
-    known = store(rows, study.raw)
+    known = store(rows, study.raw, "a secret", private=True)
     (path, row), = known.items()
     write_boxes(((path, box) for box in row["boxes"]), study.raw)
     (top, left, bottom, right), = boxes[uid]

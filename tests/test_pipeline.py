@@ -8,11 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mlflow import MlflowClient
+from PIL import Image
+
+from deeptumornet.dicom import window
+from deeptumornet.log import PredictionLog, image_statistics
+from deeptumornet.phantom import draw_patient, slice_hu
+from deeptumornet.preprocessing import read_slice
+from deeptumornet.retraining import FEEDBACK, promote
+from deeptumornet.study import open_study, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["collect", "preprocess", "train@resnet50", "tune", "finetune", "compare", "evidence", "cost", "controls", "paper", "explain",
@@ -205,3 +216,65 @@ def test_a_colleagues_clone_pulls_data_models_and_reports(committed, s3, tmp_pat
         assert files
         for name in (file.relative_to(committed.folder) for file in files):
             assert (theirs.folder / name).read_bytes() == (committed.folder / name).read_bytes(), name
+
+
+def test_repeats_of_the_folds_wait_in_a_queue_and_give_the_same_numbers(committed):
+    predictions = "reports/smoke/networks/resnet50/predictions.csv"
+    for repeat in (0, 1):
+        committed.run("dvc", "exp", "run", "--queue", "--name", f"repeat-{repeat}", "-S", f"smoke.train.repeats=[{repeat}]",
+                      "-S", "smoke.train.published_repeats=0", "-S", "smoke.train.seeds=0", "train@resnet50")
+    committed.run("dvc", "queue", "start", "-j", "2")
+    refs, status = [], ""
+    while len(refs) < 2 and "Failed" not in status:  # pytest's own time-out ends it
+        time.sleep(5)
+        status = committed.run("dvc", "queue", "status").stdout
+        refs = committed.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/repeat-*").stdout.split()
+    assert len(refs) == 2, status + committed.run("dvc", "queue", "logs", "repeat-0", check=False).stdout[-3000:]
+    tables = {ref.rsplit("/", 1)[1]: committed.run("git", "show", f"{ref}:{predictions}").stdout for ref in refs}
+    grouped = {e: pd.read_csv(StringIO(table)).query("protocol == 'grouped'") for e, table in tables.items()}
+    assert {e: sorted(set(table["repeat"])) for e, table in grouped.items()} == {"repeat-0": [0], "repeat-1": [1]}
+    alone = pd.read_csv(committed.folder / predictions).query("protocol == 'grouped'")
+    pd.testing.assert_frame_equal(grouped["repeat-0"].reset_index(drop=True), alone.reset_index(drop=True))
+    assert len(grouped["repeat-1"]) == len(alone)
+
+
+def test_a_challenger_from_feedback_to_its_branch(committed):
+    """Last, for the project has other parameters and another champion then. One network is enough."""
+    def one_network(p):
+        p.update(networks={"resnet50": "04_resnet50"}, tune_on="resnet50")
+        for value in p["smoke"]["train"].values():
+            if isinstance(value, dict):
+                for other in set(value) & {"inceptionv3", "nasnetmobile"}:
+                    del value[other]
+    folder = committed.folder
+    before = committed.run("git", "status", "--porcelain").stdout
+    committed.params(one_network)  # no commit holds that, and the challenger's branch has to
+    study = open_study("smoke", root=folder)
+    (folder / "kept").mkdir()
+    log, statistics = PredictionLog(folder / "log.sqlite", pause=60), image_statistics(np.zeros((8, 8), np.uint8))
+    for k in range(4):
+        slice_ = folder / "kept" / f"{k}.png"
+        Image.fromarray(window(slice_hu(draw_patient(900 + k, bool(k % 2), 5), 0.0)[0])).save(slice_)
+        one = log.record("v", read_slice(slice_, slice_.name).image_id, dict.fromkeys(study.classes, 0.5), statistics)
+        log.feedback(one, study.classes[k % 2], "A", study.classes)
+    log.close()
+    (folder / "monitoring").mkdir()
+    (folder / "monitoring/candidate.json").write_text('{"why": "the accuracy fell", "opened": "2026-11-25"}')
+    said = committed.run("deeptumornet", "retrain", "--log", "log.sqlite", "--slices", "kept").stdout
+    assert "4 of 4 verified slices used" in said and "the accuracy fell (since 2026-11-25)" in said
+    version = said.split("challenger/")[1].split()[0].rstrip(";")
+    made = Project(folder / ".retraining")
+    assert "up to date" in made.run("dvc", "status", "export").stdout and made.run("git", "status", "--porcelain").stdout == ""
+    assert f"{before} M params.yaml\n" == committed.run("git", "status", "--porcelain", "--untracked-files=no").stdout
+    registry = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    assert version in {entry.tags["version"] for entry in registry.search_model_versions("name = 'deeptumornet'")}
+    champion = folder / "models/champion"
+    if "a new champion" not in said:
+        against = read_json(champion / "card.json")["version"]
+        promote(champion, folder / "models/challengers" / version, {"passes": True, "why": "a test", "against": against})
+    committed.run("git", "checkout", "-q", "--", "params.yaml")
+    committed.run("git", *COMMIT[:4], "merge", "-q", f"challenger/{version}")
+    committed.run("dvc", "checkout")
+    assert read_json(champion / "card.json")["version"] == version
+    assert "up to date" in committed.run("dvc", "repro", "export").stdout and read_json(champion / "card.json")["version"] == version
+    assert (pd.read_csv(folder / "data/manifest.csv")["source"] == "feedback").sum() == 4 == len(list((folder / FEEDBACK).glob("*/*.png")))

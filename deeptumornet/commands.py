@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import selectors
 import shutil
@@ -214,7 +215,7 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
     shared = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))  # the keeper needs two for each request
-    keeper = Keeper()
+    keeper, served = Keeper(), multiprocessing.Value("b", False)
 
     class Worker(ThreadWorker):
         def enqueue_req(self, conn):
@@ -249,10 +250,16 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
             end = time.monotonic() + 2
             while True:  # while the champion changes, its card and its files may be of two
                 try:
-                    return create_app(folder, max(1, (os.cpu_count() or 1) // workers))
-                except (click.ClickException, OSError) as error:
+                    app = create_app(folder, max(1, (os.cpu_count() or 1) // workers))
+                    served.value = True
+                    return app
+                except (click.ClickException, OSError, ValueError, KeyError) as error:
                     if time.monotonic() > end:
-                        raise AppImportError(f"deeptumornet: {getattr(error, 'message', error)}") from error
+                        why = f"deeptumornet: {getattr(error, 'message', error)}"
+                        if served.value:  # another try follows; a load error would stop all processes, those that serve too
+                            print(why, file=sys.stderr, flush=True)
+                            os._exit(1)
+                        raise AppImportError(why) from error
                     time.sleep(0.1)
 
     def watch() -> None:

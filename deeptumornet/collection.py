@@ -320,7 +320,7 @@ def series_rows(series: dict, files: Iterable[Path], boxes: Mapping[str, list] |
     """A row for each DICOM file of a chosen `series` that `boxes` asks for; of class `free`, if any, for as many slices that are FREE mm or more
     from each box, evenly spread over the scan"""
     files = sorted(files)
-    headers = [describe(file, file.name) for file in files]
+    headers = [Header() if boxes is None else describe(file, file.name) for file in files]
     labels = {k: series["label"] for k, header in enumerate(headers) if boxes is None or header.sop_uid in boxes}
     if free:
         place = {k: header.position for k, header in enumerate(headers) if header.position is not None}

@@ -617,8 +617,7 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
     @app.get("/api/v1/model")
     def model() -> Response:
         wanted = bool(app.config["PREDICTION_LOG"] and os.environ.get("DEEPTUMORNET_FEEDBACK_TOKEN"))
-        told = {k: engine.card[k] for k in PUBLIC if k in engine.card}
-        return jsonify({**told, "feedback": wanted})
+        return jsonify({**{k: engine.card[k] for k in PUBLIC if k in engine.card}, "feedback": wanted})
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -159,7 +158,7 @@ def load_params(root: Path) -> dict:
     return check_params(params, root)
 
 # %% ../nbs/00_study.ipynb #c011
-_HOST = socket.gethostname().replace(".", "-")
+_HOST = platform.node().replace(".", "-")
 
 
 def sweep(folder: Path, pattern: str = "*") -> None:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 
 from .sharing import recall
@@ -111,9 +112,14 @@ THREADS = 512
 SLOWEST = 30.0
 "Seconds that a client may take to send its request"
 _UNREAD = 2**27  # bytes of a refused request that are still taken in, for two seconds: a client that is cut off while it sends never reads why
-_REFUSAL = json.dumps({"type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "the process that had the request died: send it again"})
-_REFUSED = ("HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
-            f"Content-Length: {len(_REFUSAL)}\r\n\r\n{_REFUSAL}").encode()
+
+
+def _answer(status: HTTPStatus, detail: str, *headers: str) -> bytes:
+    "A whole HTTP answer with a problem document (RFC 9457), where no application is there to give it"
+    said = json.dumps({"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail})
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *headers, "Connection: close", "Content-Type: application/problem+json",
+             f"Content-Length: {len(said)}", "", said]
+    return "\r\n".join(lines).encode()
 
 
 class Keeper:
@@ -175,6 +181,13 @@ class _Whole:
     def sendall(self, data: bytes) -> None:
         self._parts.append(bytes(data))
 
+    def explain(self) -> None:
+        "Replace the HTML that gunicorn has just answered by a problem document of the same status"
+        if self._parts:
+            status = HTTPStatus(int(self._parts.pop().split()[1]))
+            why = "the service failed" if status >= 500 else "the request is not HTTP as this service reads it: check its first line and its headers"
+            self.sendall(_answer(status, why))
+
     def flush(self) -> None:
         self._client.sendall(b"".join(self._parts))
 
@@ -186,7 +199,7 @@ def _refuse(client: socket.socket) -> None:
     with suppress(OSError):
         sent = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
         if not any(struct.unpack_from("=I", sent, place)[0] for place in (144, 156)):
-            client.sendall(_REFUSED)
+            client.sendall(_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the process that had the request died: send it again", "Retry-After: 1"))
     close_graceful(client, max_drain=_UNREAD)
 
 
@@ -234,6 +247,10 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
                 close_graceful(conn.sock, max_drain=_UNREAD)
                 conn.close = lambda graceful=False: None  # closing waits for the client: here, and not in the thread that accepts
             return False
+
+        def handle_error(self, req, client, addr, exc):
+            super().handle_error(req, client, addr, exc)
+            client.explain()
 
     class Service(BaseApplication):
         def load_config(self) -> None:

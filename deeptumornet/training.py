@@ -39,6 +39,7 @@ from deeptumornet.study import (
     weights_told,
     write_csv,
     write_json,
+    write_table,
 )
 
 if TYPE_CHECKING:
@@ -585,7 +586,7 @@ def train(study: Study, name: str) -> tuple[keras.Model, pd.DataFrame, pd.DataFr
         predictions = pd.concat([validation, predictions], ignore_index=True)
         save_all(study, model, network, settings, curve, predictions, seconds, **weights_told(name, str(settings["weights"]), study.root))
         if len(spread):
-            write_csv(study.candidate(name) / "seeds.csv", spread)
+            write_table(study.candidate(name) / "seeds.csv", spread)
         log_run(study, model, name, curve, parts["validation"]["image_id"].iloc[:2])
     return model, curve, predictions
 
@@ -627,7 +628,7 @@ def save_all(study: Study, model: keras.Model, network: Network, settings: dict,
     with atomic(study.candidate(name)) as folder:
         folder.mkdir()
         shutil.copyfile(study.models / name / "card.json", folder / "card.json")
-        write_csv(folder / "curve.csv", curve)
+        write_table(folder / "curve.csv", curve)
         write_csv(folder / "predictions.csv", predictions)
     timing = study.reports / "timings" / study.candidate(name).relative_to(study.reports).with_suffix(".json")
     write_json(timing, {"training_seconds": seconds})

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 
 import psutil
@@ -59,10 +60,32 @@ def running(words: list):
         process.wait(60)
 
 
+@pytest.fixture(scope="module")
+def always_on(champion):
+    with running([COMMAND, "serve", "--workers", "1", "--port", "PORT", "--champion", champion]) as (_, address):
+        yield address
+
+
 @pytest.fixture
 def service(champion):
     with running([COMMAND, "serve", "--port", "PORT", "--champion", champion]) as found:
         yield found
+
+
+@pytest.mark.parametrize(("sent", "status"), [
+    (b"nonsense\r\n\r\n", 400),
+    (b"GET / HTTP/9.9\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nA b: c\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nA: " + b"b" * 10_000 + b"\r\n\r\n", 431),
+])
+def test_what_is_no_http_is_refused_with_a_problem_document(always_on, sent, status):
+    with socket.create_connection(("127.0.0.1", int(always_on.rsplit(":", 1)[1])), timeout=60) as client:
+        client.sendall(sent)
+        answer = HTTPResponse(client)
+        answer.begin()
+        assert answer.status == status and answer.getheader("Content-Type") == "application/problem+json"
+        said = json.load(answer)
+    assert said["status"] == status and "check its first line and its headers" in said["detail"]
 
 
 def test_slow_clients_keep_nobody_waiting(champion, slice_png):
@@ -129,7 +152,7 @@ def answered(address: str, data: bytes) -> float:
     raise AssertionError("never answered")
 
 
-def test_a_worker_that_dies_over_a_request_refuses_it(champion, slice_png):
+def test_a_worker_that_dies_over_a_sentrefuses_it(champion, slice_png):
     words = ["serve", "--workers", "1", "--port", "PORT", "--champion", str(champion)]
     code = ("import time\nfrom deeptumornet import commands, export\n"
             "run = export.Engine.predict\n"

@@ -70,6 +70,7 @@ class Archive(ThreadingHTTPServer):
     "Answers GET by `answer(path, query)`; `faults` hit the next files, one each; `log` has (path, range) of every file asked for"
     daemon_threads = True
     ranges = True
+    guarded = "/"
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, address = self.server, urlsplit(self.path)
         found = server.answer(unquote(address.path), {k: v[0] for k, v in parse_qs(address.query).items()})
-        if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
+        if server.token and server.guarded in address.path and self.headers.get("Authorization") != f"Bearer {server.token}":
             return self.send(401, b"{}")
         if found is None:
             return self.send(404, b"")
@@ -182,6 +183,7 @@ class Bucket(Archive):
 
 class Kaggle(Archive):
     "Kaggle's download, asked for through a proxy, for kagglehub has no address to set; the MD5 in x-goog-hash, as Google's storage does"
+    guarded = "/DownloadDataset"  # the storage's address needs no token: it is signed
 
     def __init__(self):
         super().__init__()
@@ -318,6 +320,19 @@ def test_a_full_disk(remote, monkeypatch):
     assert len(server.log) == 1
 
 
+@pytest.mark.parametrize("remote", ["kaggle"], indirect=True)
+def test_a_disk_that_is_full_for_kaggle(remote):
+    server, study = remote
+    part = study.workspace / ".cache/downloads/kaggle/datasets" / f"{collection.KAGGLE.replace('versions/', '')}.archive"
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(StudyError, match="the disk is full while writing .*: free some space"):
+        collect(study)
+    assert not study.raw.exists() and not study.catalogue.exists()
+    part.unlink(missing_ok=True)
+    assert_whole(server, study, collect(study))
+
+
 @pytest.mark.parametrize("remote", ["tcia"], indirect=True)
 def test_a_token_that_expires(remote, monkeypatch):
     server, study = remote
@@ -354,14 +369,25 @@ def test_no_network_is_one_sentence(source, name, monkeypatch, quick, tmp_path):
         collect(study_on(source, tmp_path / "w", annotations="none", series=1))
 
 
-def test_a_refused_token_of_kaggle_and_a_missing_package(monkeypatch, quick, tmp_path):
-    server = Kaggle()
-    server.RequestHandlerClass, server.token = KaggleHandler, "fresh"
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    monkeypatch.setenv("http_proxy", server.url)
+@pytest.mark.parametrize("remote", ["kaggle"], indirect=True)
+def test_a_token_of_kaggle_that_expires_in_the_middle(remote, monkeypatch):
+    server, study = remote
+    monkeypatch.setattr(archives, "ATTEMPTS", 1)
+    server.faults = ["cut"]
+    with pytest.raises(StudyError, match="ChunkedEncodingError, 1 attempts"):
+        collect(study)
+    server.token = "fresh"
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "expired")
     with pytest.raises(StudyError, match=r"Kaggle's data set .* is refused \(401 .*KAGGLE_API_TOKEN.*or download it with a browser"):
-        collect(study_on("kaggle", tmp_path / "w"))
-    server.shutdown()
+        collect(study)
+    assert not study.raw.exists() and not study.catalogue.exists()
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "fresh")
+    server.log = []
+    assert_whole(server, study, collect(study))
+    assert [start for _, start in server.log if start], "what had come before is kept"
+
+
+def test_a_missing_package(monkeypatch, quick, tmp_path):
     monkeypatch.setitem(sys.modules, "idc_index_data", None)
     with pytest.raises(StudyError, match=r"needs the package idc-index: install it by `pip install idc-index`"):
         collect(study_on("nih", tmp_path / "w"))

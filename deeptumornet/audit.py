@@ -5,7 +5,7 @@
 # %% ../nbs/02d_audit.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +93,14 @@ def scores(labels: Sequence[str], p: np.ndarray, groups: Sequence[str], seed: in
     return {**found, "n": len(truth), "n_groups": len(set(groups))}
 
 
-def baselines(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int) -> dict:
+def baselines(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int, names: Iterable[str] = tuple(BASELINES)) -> dict:
     """{baseline: {"random": scores, "grouped": scores}} of out-of-fold predictions; {"why": sentence} instead of scores
     where a class has too few files or groups.
 
-    random: over every readable file; grouped: over the kept slices. `thumbnails` (uint8, n × 16 × 16) go with the manifest's
+    random: over every readable file; grouped: over the kept slices. `thumbnails` (n × side × side) go with the manifest's
     rows."""
     parts = {"random": readable(manifest), "grouped": manifest[manifest["status"] == "kept"]}
-    found: dict = {name: {} for name in BASELINES}
+    found: dict = {name: {} for name in names}
     for kind, rows in parts.items():
         at = manifest.index.get_indexer(rows.index)
         try:
@@ -108,11 +108,11 @@ def baselines(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int) -> dict
                 raise StudyError(f"{rows['label'].nunique()} class has slices, and a baseline needs two: add a sub-folder for each class")
             fold = _folds(rows, kind, seed)
         except StudyError as error:
-            for name in BASELINES:
+            for name in names:
                 found[name][kind] = {"why": str(error)}
             continue
         splits = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in np.unique(fold)]
-        for name in BASELINES:
+        for name in names:
             seen, model = baseline(name, rows, thumbnails[at])
             p = cross_val_predict(model, seen, rows["label"].to_numpy(str), cv=splits, method="predict_proba")
             found[name][kind] = scores(rows["label"], p.round(4), rows["group"], seed)

@@ -30,8 +30,8 @@ from .lungs import Field, find_lungs, see, standardise
 from .study import Study, StudyError, atomic, progress, write_csv
 
 # %% auto #0
-__all__ = ['SMALLEST', 'LONGEST', 'LARGEST', 'THUMBNAIL', 'Slice', 'Unfit', 'read_slice', 'as_slice', 'prepare', 'inspect',
-           'examine', 'complete', 'preprocess', 'load_manifest', 'compare_normalisations']
+__all__ = ['SMALLEST', 'LONGEST', 'LARGEST', 'THUMBNAIL', 'COMPARED', 'Slice', 'Unfit', 'read_slice', 'as_slice', 'prepare',
+           'inspect', 'examine', 'complete', 'preprocess', 'load_manifest', 'compare_normalisations']
 
 # %% ../nbs/02_preprocessing.ipynb #c007
 SMALLEST, LONGEST, LARGEST = 32, 4, 64_000_000
@@ -236,25 +236,31 @@ def load_manifest(path: Path) -> pd.DataFrame:
     return table.astype({k: v for k, v in numbers.items() if k in table})
 
 # %% ../nbs/02_preprocessing.ipynb #c034
+COMPARED = (THUMBNAIL, 2 * THUMBNAIL)
+"Pixels a side at which the normalisations are compared"
+
+
 def _thumbnail(row: dict, root: Path, normalise: str) -> np.ndarray:
-    "What a network would see of a readable row's file, uint8 (16 × 16); black for a row that was set aside or shows no lungs"
+    "What a network would see of a readable row's file, uint8 at the largest of COMPARED; black for a row that was set aside or shows no lungs"
     if row["status"] == "kept" or row["reason"].startswith("exact copy"):
         frame = int(row["frame"]) if row.get("frame") else None
         with suppress(StudyError):
-            return prepare(read_slice(root / row["path"], row["path"], frame).pixels, THUMBNAIL, normalise)
-    return np.zeros((THUMBNAIL, THUMBNAIL), np.uint8)
+            return prepare(read_slice(root / row["path"], row["path"], frame).pixels, COMPARED[-1], normalise)
+    return np.zeros((COMPARED[-1], COMPARED[-1]), np.uint8)
 
 
 def compare_normalisations(manifest: pd.DataFrame, root: Path, seed: int, names: Iterable[str]) -> pd.DataFrame:
-    """For each normalisation in `names`: balanced accuracy and AUC, each with its interval, of logistic regression on 16×16 thumbnails of what a network
-    would see, in random and in grouped folds; columns normalise, folds, n, n_groups, and value, low and high of both."""
+    """For each normalisation in `names` and size in COMPARED: balanced accuracy and AUC, each with its interval, of logistic regression on thumbnails
+    of what a network would see, in random and in grouped folds; columns normalise, size, folds, n, n_groups, and value, low and high of both."""
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for name in names:
             draw = partial(_thumbnail, root=root, normalise=name)
             pictures = np.stack(list(progress(pool.map(draw, manifest.to_dict("records"), chunksize=16), name, len(manifest))))
-            for kind, found in baselines(manifest, pictures, seed)["thumbnails"].items():
-                if "why" not in found:
-                    rows.append({"normalise": name, "folds": kind, "n": found["n"], "n_groups": found["n_groups"],
-                                 **{f"{m}_{k}": found[m][k] for m in ("balanced_accuracy", "auc") for k in ("value", "low", "high")}})
+            for size in COMPARED:
+                seen = pictures.reshape(len(pictures), size, COMPARED[-1] // size, size, -1).mean((2, 4))
+                for kind, found in baselines(manifest, seen, seed, ["thumbnails"])["thumbnails"].items():
+                    if "why" not in found:
+                        rows.append({"normalise": name, "size": size, "folds": kind, "n": found["n"], "n_groups": found["n_groups"],
+                                     **{f"{m}_{k}": found[m][k] for m in ("balanced_accuracy", "auc") for k in ("value", "low", "high")}})
     return pd.DataFrame(rows)

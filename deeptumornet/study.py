@@ -420,6 +420,7 @@ def run_notebook(notebook: str, profile: str, workspace: Path | str = ".", root:
     """Execute `nbs/<notebook>.ipynb` with `profile` and `workspace` injected; the executed copy's path.
 
     Raises StudyError with the notebook's own sentence where it raised one."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that nbformat's schema has no use for, and that takes a second to build
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError

@@ -164,18 +164,21 @@ def data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/11_serving.ipynb #c019
-PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "weights", "method", "input",
+PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "sources", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
 _AT_WORK = ThreadPoolExecutor(2)  # one slice is read while another is in the engine; more would share the same cores, and each would end later
+_IN_ENGINE = ThreadPoolExecutor(2)  # while a slice is there, its reader looks for what makes the answer doubtful
 
 
 def _look(engine: Engine, data: bytes | np.ndarray) -> tuple:
     # in threads of their own, for each thread that ever decodes a slice keeps memory for the next
     found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
     prepared, place = engine.prepare(found.pixels)
+    predicted = _IN_ENGINE.submit(engine.predict, prepared[None])
     statistics = image_statistics(prepared)
-    return found, prepared, place, engine.predict(prepared[None]), statistics, cautions(engine.card, found, statistics)
+    warned = cautions(engine.card, found, statistics)
+    return found, prepared, place, predicted.result(), statistics, warned
 
 
 def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
@@ -216,7 +219,7 @@ def cautions(card: dict, found: Slice, statistics: Mapping[str, float]) -> list[
     """Sentences on why the answer about the slice `found`, with the `statistics` of its prepared form, may be worth less than the model's measured performance:
     where it was trained, how the slice is stored, marks in it, and statistics beyond those of the validation slices (`card["seen"]`)."""
     size, said = card["input"]["size"], []
-    if card.get("profile") in ("demo", "smoke"):
+    if "phantom" in card.get("sources", []):
         said.append("The model learned from drawn phantoms: what it says about a patient's slice means nothing.")
     if found.format == "JPEG":
         said.append("JPEG is lossy, and fine texture may be lost: send PNG or DICOM where you can.")

@@ -77,7 +77,7 @@ def champion(tmp_path_factory, phantoms) -> Path:
     auc = {"value": 0.91, "low": 0.84, "high": 0.96, "interval": "bootstrap over groups"}
     card = {
         "network": "tiny", "title": "Tiny", "classes": ["normal", "adenocarcinoma"], "positive": "adenocarcinoma",
-        "profile": "smoke", "weights": "none", "method": "scratch",
+        "profile": "smoke", "sources": ["phantom"], "weights": "none", "method": "scratch",
         "input": {"size": SIZE, "channels": 1, "range": [0, 255], "normalise": "lungs"}, "data_sha256": "0" * 64,
         "threshold": {"value": 0.3, "sensitivity": 0.95, "chosen_on": "validation", "n": 40}, "temperature": 1.3,
         "metrics": {"auc": auc, "sensitivity": auc, "specificity": {"value": None, "why": "no slices"},

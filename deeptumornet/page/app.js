@@ -246,7 +246,7 @@ function limits(card) {
   ];
   at("model").replaceChildren(...rows.filter((row) => row[1] !== "not defined")
     .flatMap(([term, text]) => [element("dt", term), element("dd", text)]));
-  if (card.profile === "demo" || card.profile === "smoke") {
+  if ((card.sources || []).includes("phantom")) {
     at("trained").textContent = "Trained on drawn phantoms, not on patients. Its answer about a real slice means nothing.";
     at("trained").hidden = false;
   }

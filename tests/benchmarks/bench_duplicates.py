@@ -12,8 +12,8 @@ SCAN, FLIPS = 100, 8
 
 
 def slices(count: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """Hashes and lung fields of `count` slices in scans of SCAN, whose hashes differ from their scan's in FLIPS of 64 bits, as neighbours' do;
-    each tenth slice is a near copy of the one before it."""
+    """Hashes and lung fields of `count` slices in scans of SCAN, each FLIPS of 64 bits from its scan's; each tenth slice is
+    a near copy of the one before it."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, (2, -(-count // SCAN)), dtype=np.uint64).repeat(SCAN, axis=1)[:, :count]
     bits = rng.permuted(np.tile(np.arange(64, dtype=np.uint64), (2, count, 1)), axis=2)[..., :FLIPS]
@@ -40,8 +40,8 @@ if __name__ == "__main__":
         sys.exit()
     times = [(seconds(lambda: grouped(10_000)), seconds(lambda: grouped(100_000))) for _ in range(3)]
     save("grouping_seconds", [many / (10 * few) for few, many in times], "at most 2 (1 is linear, 10 all pairs)",
-         f"seconds to group 100,000 generated hashes, in scans of {SCAN} that differ from their centre in {FLIPS} bits, and lung fields by ten times "
-         "those for 10,000", seconds=times)
+         f"seconds to group 100,000 generated hashes, in scans of {SCAN} that are {FLIPS} bits from their centre, and lung fields by ten "
+         "times those for 10,000", seconds=times)
     few, many = peak_of(__file__, 10_000), peak_of(__file__, 100_000)
     save("grouping_memory", [many / few], "at most 10", "peak resident memory at 100,000 slices by that at 10,000, the data included",
          mb=[few, many])

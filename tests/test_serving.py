@@ -428,7 +428,7 @@ def test_metrics_count(champion, slice_png):
 def test_marks_and_strange_slices_are_warned_of(champion, slice_png, phantoms):
     app = create_app(champion)
     assert not any("marked" in w or "outside" in w for w in app.test_client().post(PREDICT, data=slice_png).json["warnings"])
-    from deeptumornet.serving import cautions, seen
+    from deeptumornet.serving import seen
     engine, found = Engine(champion), read_slice(slice_png, "a.png")
     prepared = engine.prepare(found.pixels)[0]
     noise = np.random.default_rng(0)
@@ -439,6 +439,13 @@ def test_marks_and_strange_slices_are_warned_of(champion, slice_png, phantoms):
     arrow = np.dstack([found.pixels] * 3)
     arrow[100:120, 100:120] = (255, 0, 0)
     assert any("coloured marks" in w for w in cautions(card, read_slice(encoded(arrow), "a.png"), image_statistics(prepared)))
+
+
+@pytest.mark.parametrize(("sources", "expected"), [(["phantom"], True), (["feedback", "phantom"], True), (["folder"], False)])
+def test_phantoms_are_told_by_the_data_and_not_by_the_profile(champion, slice_png, sources, expected):
+    card, found = {**Engine(champion).card, "sources": sources}, read_slice(slice_png, "a.png")
+    said = cautions(card, found, image_statistics(found.pixels))
+    assert any("drawn phantoms" in sentence for sentence in said) is expected and card["profile"] == "smoke"
 
 
 @pytest.mark.parametrize("precision", ENGINES)

@@ -104,6 +104,9 @@ def _make_tables(engine: sa.Engine) -> None:
     _META.create_all(engine)
 
 
+_SERVERS: dict[sa.URL, sa.Engine] = {}  # whose tables are there: to look again at each flush would take half of its time
+
+
 @contextmanager
 def connect(address: str | Path) -> Iterator[sa.Connection]:
     """One transaction on the database at `address` (a URL or an SQLite file), its tables made where there are none.
@@ -115,13 +118,18 @@ def connect(address: str | Path) -> Iterator[sa.Connection]:
         patience = {"sqlite": {"timeout": PATIENCE},
                     "postgresql": {"connect_timeout": PATIENCE, "tcp_user_timeout": 10_000 * PATIENCE,
                                    "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={10 * PATIENCE}s"}}.get(kind, {})
-        engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={k: v for k, v in patience.items() if k not in url.query})
-        if kind == "sqlite":
-            sa.event.listen(engine, "connect", lambda raw, _: raw.executescript("PRAGMA auto_vacuum=FULL; PRAGMA journal_mode=WAL"))
-        _make_tables(engine)
+        engine = _SERVERS.get(url)
+        if engine is None:
+            engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={k: v for k, v in patience.items() if k not in url.query})
+            if kind == "sqlite":
+                sa.event.listen(engine, "connect", lambda raw, _: raw.executescript("PRAGMA auto_vacuum=FULL; PRAGMA journal_mode=WAL"))
+            _make_tables(engine)
+            if kind != "sqlite":  # a file may be taken away and be another one
+                _SERVERS[url] = engine
         with engine.begin() as connection:
             yield connection
     except (sa.exc.SQLAlchemyError, ImportError) as error:
+        _SERVERS.pop(url, None)
         raise LogError(f"the prediction log {url.render_as_string()} cannot be written or read ({_why(error)}): see that "
                          "the database is there, is a database, has room, and that the service may write it") from error
 

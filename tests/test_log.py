@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from deeptumornet import log as log_module
 from deeptumornet.dicom import window, write_dicom
 from deeptumornet.export import Engine
-from deeptumornet.log import FEEDBACK, PREDICTIONS, ROW_BYTES, LogError, PredictionLog, connect, image_statistics, read_log
+from deeptumornet.log import _SERVERS, FEEDBACK, PREDICTIONS, ROW_BYTES, LogError, PredictionLog, connect, image_statistics, read_log
 from deeptumornet.monitoring import WATCHED, watched
 from deeptumornet.serving import create_app
 from deeptumornet.study import StudyError
@@ -72,6 +72,7 @@ def test_processes_that_begin_at_the_same_moment_share_the_tables(address):
     engine = sa.create_engine(address, poolclass=sa.NullPool)
     for _ in range(10):
         FEEDBACK.metadata.drop_all(engine)
+        _SERVERS.clear()  # threads stand for processes here, which know of no tables yet
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(opened, range(8))) == [0] * 8
 

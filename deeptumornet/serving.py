@@ -171,14 +171,14 @@ _AT_WORK = ThreadPoolExecutor(2)  # one slice is read while another is in the en
 _IN_ENGINE = ThreadPoolExecutor(2)  # while a slice is there, its reader looks for what makes the answer doubtful
 
 
-def _look(engine: Engine, data: bytes | np.ndarray) -> tuple:
+def _look(engine: Engine, data: bytes | np.ndarray, logged: bool) -> tuple:
     # in threads of their own, for each thread that ever decodes a slice keeps memory for the next
     found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
     prepared, place = engine.prepare(found.pixels)
     predicted = _IN_ENGINE.submit(engine.predict, prepared[None])
     statistics = image_statistics(prepared)
-    warned = cautions(engine.card, found, statistics)
-    return found, prepared, place, predicted.result(), statistics, warned
+    warned, image_id = cautions(engine.card, found, statistics), found.image_id if logged else ""
+    return found, prepared, place, predicted.result(), statistics, warned, image_id
 
 
 def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
@@ -187,7 +187,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    found, prepared, place, (probabilities, heat, features), statistics, warned = _AT_WORK.submit(_look, engine, data).result()
+    found, prepared, place, (probabilities, heat, features), statistics, warned, image_id = _AT_WORK.submit(_look, engine, data, log is not None).result()
     p = {label: float(v) for label, v in zip(card["classes"], probabilities[0], strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {
@@ -197,7 +197,7 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
         "warnings": warned,
     }
     if log:
-        content["id"] = log.record(card["version"], found.image_id, p, statistics, features[0])
+        content["id"] = log.record(card["version"], image_id, p, statistics, features[0])
     if heat_map:
         coloured = overlay(heat_shown(engine, prepared, heat[0]), found.height, found.width, place)
         grey = Image.fromarray(found.pixels)

@@ -148,9 +148,9 @@ def test_it_is_quick(slices):
 
 
 def timed(pixels: np.ndarray) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # other tests run beside this one
     measure(pixels, None, None)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @needs_data

@@ -23,14 +23,17 @@ PAIRS, FLUSHES = 1000, 30
 
 def measure(name: str, database: str, address: str | Path, spool: Path, champion: Path, png: bytes) -> None:
     """The thread that moves rows to the database would slow both answers of a pair: it is measured by itself, in CPU time, with as many
-    rows as a second of answers leaves, and each answer is charged its part."""
-    apps = [create_app(champion) for _ in range(2)]
-    log = apps[1].config["PREDICTION_LOG"] = PredictionLog(address, spool, pause=1e6)
-    clients, taken, moved = [app.test_client() for app in apps], [], []
-    def ask(client): assert client.post("/api/v1/predict", data=png).status_code == 200  # noqa: E704
+    rows as a second of answers leaves, and each answer is charged its part. Both answers come from one engine: two differ by more than the
+    log costs."""
+    app, log, taken, moved = create_app(champion), PredictionLog(address, spool, pause=1e6), [], []
+    client = app.test_client()
+
+    def ask(kept: PredictionLog | None) -> None:
+        app.config["PREDICTION_LOG"] = kept
+        assert client.post("/api/v1/predict", data=png).status_code == 200
     for k in tqdm(range(PAIRS), database, leave=False):
         way = 1 if k % 2 else -1
-        taken.append([seconds(lambda c=c: ask(c)) for c in clients[::way]][::way])
+        taken.append([seconds(lambda kept=kept: ask(kept)) for kept in (None, log)[::way]][::way])
     taken = 1000 * np.array(taken)
     log.flush()
     said, statistics = {"normal": 0.25, "adenocarcinoma": 0.75}, dict.fromkeys(STATISTICS, 1 / 3)
@@ -41,7 +44,7 @@ def measure(name: str, database: str, address: str | Path, spool: Path, champion
         log.flush()
         moved.append(time.thread_time() - start)
     log.close()
-    rows = len(read_log(address, clients[1].get("/api/v1/model").json["version"], "normal"))
+    rows = len(read_log(address, client.get("/api/v1/model").json["version"], "normal"))
     assert rows == PAIRS, rows
     draws = np.random.default_rng(0).integers(PAIRS, size=(2000, PAIRS))
     def ratio(plain, logged): return 1 + np.median(logged - plain, -1) / np.median(plain, -1) + np.median(moved)  # noqa: E704

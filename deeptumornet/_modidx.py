@@ -344,6 +344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'deeptumornet.log.PredictionLog.record': ('log.html#predictionlog.record', 'deeptumornet/log.py'),
                                   'deeptumornet.log._limit': ('log.html#_limit', 'deeptumornet/log.py'),
                                   'deeptumornet.log._make_tables': ('log.html#_make_tables', 'deeptumornet/log.py'),
+                                  'deeptumornet.log._opened': ('log.html#_opened', 'deeptumornet/log.py'),
                                   'deeptumornet.log._there': ('log.html#_there', 'deeptumornet/log.py'),
                                   'deeptumornet.log._url': ('log.html#_url', 'deeptumornet/log.py'),
                                   'deeptumornet.log._why': ('log.html#_why', 'deeptumornet/log.py'),

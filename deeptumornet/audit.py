@@ -5,7 +5,7 @@
 # %% ../nbs/02d_audit.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ def scores(labels: Sequence[str], p: np.ndarray, groups: Sequence[str], seed: in
     return {**found, "n": len(truth), "n_groups": len(set(groups))}
 
 
-def baselines(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int, names: Iterable[str] = tuple(BASELINES)) -> dict:
+def baselines(manifest: pd.DataFrame, thumbnails: np.ndarray, seed: int, names: Sequence[str] = tuple(BASELINES)) -> dict:
     """{baseline: {"random": scores, "grouped": scores}} of out-of-fold predictions; {"why": sentence} instead of scores
     where a class has too few files or groups.
 

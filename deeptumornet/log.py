@@ -107,26 +107,28 @@ def _make_tables(engine: sa.Engine) -> None:
 _SERVERS: dict[sa.URL, sa.Engine] = {}  # whose tables are there: to look again at each flush would take half of its time
 
 
+def _opened(url: sa.URL) -> sa.Engine:
+    kind = url.get_backend_name()
+    patience = {"sqlite": {"timeout": PATIENCE},
+                "postgresql": {"connect_timeout": PATIENCE, "tcp_user_timeout": 10_000 * PATIENCE,
+                               "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={10 * PATIENCE}s"}}.get(kind, {})
+    engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={k: v for k, v in patience.items() if k not in url.query})
+    if kind == "sqlite":
+        sa.event.listen(engine, "connect", lambda raw, _: raw.executescript("PRAGMA auto_vacuum=FULL; PRAGMA journal_mode=WAL"))
+    _make_tables(engine)
+    if kind != "sqlite":  # a file may be taken away and be another one
+        _SERVERS[url] = engine
+    return engine
+
+
 @contextmanager
 def connect(address: str | Path) -> Iterator[sa.Connection]:
     """One transaction on the database at `address` (a URL or an SQLite file), its tables made where there are none.
 
     Raises LogError, which never quotes a password, where the database cannot be used."""
     url = _url(address)
-    kind = url.get_backend_name()
     try:
-        patience = {"sqlite": {"timeout": PATIENCE},
-                    "postgresql": {"connect_timeout": PATIENCE, "tcp_user_timeout": 10_000 * PATIENCE,
-                                   "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={10 * PATIENCE}s"}}.get(kind, {})
-        engine = _SERVERS.get(url)
-        if engine is None:
-            engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={k: v for k, v in patience.items() if k not in url.query})
-            if kind == "sqlite":
-                sa.event.listen(engine, "connect", lambda raw, _: raw.executescript("PRAGMA auto_vacuum=FULL; PRAGMA journal_mode=WAL"))
-            _make_tables(engine)
-            if kind != "sqlite":  # a file may be taken away and be another one
-                _SERVERS[url] = engine
-        with engine.begin() as connection:
+        with (_SERVERS.get(url) or _opened(url)).begin() as connection:
             yield connection
     except (sa.exc.SQLAlchemyError, ImportError) as error:
         _SERVERS.pop(url, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ from .collection import catalogue
 from .groups import check_groups, group_folds
 from .preprocessing import complete, examine
 from .study import StudyError
-from .training import deterministic, load_backbone, load_network, slice_dataset
+from .training import augment, deterministic, load_backbone, load_network, slice_dataset
 
 # %% auto #0
-__all__ = ['SETTINGS', 'POSITIVE', 'NEGATIVE', 'LAYER', 'LAYERS', 'STRENGTHS', 'load_folder', 'features', 'classifier',
-           'choose_strength', 'external', 'verdict', 'text']
+__all__ = ['SETTINGS', 'POSITIVE', 'NEGATIVE', 'BLOCKS', 'ALTERED', 'COPIES', 'STRENGTHS', 'load_folder', 'features',
+           'classifier', 'choose', 'external', 'verdict', 'text']
 
 # %% ../nbs/08b_external.ipynb #c006
 SETTINGS = {"size": 224, "normalise": "lungs", "hash_bits": 4, "correlation": 0.75}
@@ -51,23 +52,34 @@ def load_folder(folder: Path, positive: Sequence[str], negative: Sequence[str], 
     return manifest, thumbnails
 
 # %% ../nbs/08b_external.ipynb #c008
-LAYER, LAYERS = "mixed8", ("mixed4", "mixed6", "mixed8", "mixed10")
-"The block of InceptionV3 whose means are the features, and those whose grouped folds inside the training folder are told beside it"
+BLOCKS = tuple(f"mixed{k}" for k in range(11))
+"The blocks of InceptionV3, first to last"
+ALTERED = {"shift": 0.05, "rotate": 8, "scale": 0.1, "intensity": 0.25, "noise": 10, "blur": 1.0, "flip": False}
+"How far another scanner's slice may be from this one's, as `augment` of 03_training takes it"
+COPIES = 2
 
 
-def features(files: list[Path], weights: Path | str, size: int = SETTINGS["size"]) -> dict[str, np.ndarray]:
-    """Features (float32, n × channels) of prepared slices by each of LAYERS of the frozen InceptionV3 of `weights`. StudyError for weights of another
-    network."""
+def features(files: list[Path], weights: Path | str, copies: int = 0, size: int = SETTINGS["size"]) -> list[dict[str, np.ndarray]]:
+    """Features (float32, n × channels) by each of BLOCKS of the frozen InceptionV3 of `weights`: of the prepared slices, then of each of so many
+    `copies` of them, ALTERED. StudyError for weights of another network."""
     import keras
     import tensorflow as tf
 
-    network = load_network("inceptionv3")
-    backbone = load_backbone(network, size, str(weights), Path.cwd())
-    pooled = {layer: keras.layers.GlobalAveragePooling2D()(backbone.get_layer(layer).output) for layer in LAYERS}
-    model = keras.Model(backbone.input, pooled)
-    run = tf.function(lambda batch: model(tf.repeat(batch, 3, -1) / 127.5 - 1, training=False), autograph=False, reduce_retracing=True)
-    batches = [{layer: part.numpy() for layer, part in run(batch).items()} for batch in slice_dataset(files, 32)]
-    return {layer: np.concatenate([batch[layer] for batch in batches]) for layer in LAYERS}
+    backbone = load_backbone(load_network("inceptionv3"), size, str(weights), Path.cwd())
+    model = keras.Model(backbone.input, {block: keras.layers.GlobalAveragePooling2D()(backbone.get_layer(block).output) for block in BLOCKS})
+
+    @partial(tf.function, autograph=False, reduce_retracing=True)
+    def run(batch: tf.Tensor, keys: tf.Tensor | None) -> dict:
+        if keys is not None:
+            batch = tf.map_fn(lambda one: augment(one[0], one[1], ALTERED), (batch, keys), fn_output_signature=tf.float32)
+        return model(tf.repeat(batch, 3, -1) / 127.5 - 1, training=False)
+
+    found = [[] for _ in range(copies + 1)]
+    for number, batch in enumerate(slice_dataset(files, 32)):
+        for copy, parts in enumerate(found):
+            keys = tf.constant([(copy, 32 * number + k) for k in range(len(batch))], tf.int64) if copy else None
+            parts.append(run(batch, keys))
+    return [{block: np.concatenate([part[block] for part in parts]) for block in BLOCKS} for parts in found]
 
 # %% ../nbs/08b_external.ipynb #c010
 STRENGTHS = (2e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -79,28 +91,34 @@ def classifier(strength: float) -> object:
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=3000))
 
 
-def choose_strength(x: np.ndarray, rows: pd.DataFrame, seed: int, repeats: int = 2) -> tuple[float, dict[float, float]]:
-    "The chosen strength, and for each the mean AUC over repeated grouped folds of `rows` (label, group), whose features are `x`"
+def choose(seen: list[dict[str, np.ndarray]], rows: pd.DataFrame, seed: int, repeats: int = 2) -> tuple[str, float, dict[str, dict[str, float]]]:
+    """The chosen block and strength, and of each block at that strength the mean AUC over repeated grouped folds of `rows` (label, group), on slices as they
+    are (`folds`) and on altered copies (`altered_folds`); `seen` are the `features` of both."""
     labels = (rows["label"] == POSITIVE).to_numpy()
     count = int(min(5, rows.groupby("label")["group"].nunique().min()))
-    found = {strength: [] for strength in STRENGTHS}
+    aucs = {(strength, block): [] for strength in STRENGTHS for block in BLOCKS}
     for repeat in range(repeats):
         fold = group_folds(rows, count, seed + repeat)
         for part in range(count):
-            for strength, aucs in found.items():
-                model = classifier(strength).fit(x[fold != part], labels[fold != part])
-                aucs.append(roc_auc_score(labels[fold == part], model.decision_function(x[fold == part])))
-    mean = {strength: float(np.mean(aucs)) for strength, aucs in found.items()}
-    best = max(mean, key=mean.get)
-    error = np.std(found[best], ddof=1) / np.sqrt(count)
-    return next(strength for strength in STRENGTHS if mean[strength] >= mean[best] - error), mean
+            out = fold == part
+            for (strength, block), found in aucs.items():
+                model = classifier(strength).fit(seen[0][block][~out], labels[~out])
+                own, *altered = [roc_auc_score(labels[out], model.decision_function(x[block][out])) for x in seen]
+                found.append((own, np.mean(altered)))
+    mean = {both: np.mean(found, 0) for both, found in aucs.items()}
+    best = max(mean, key=lambda both: mean[both][1])
+    least = mean[best][1] - np.std(aucs[best], 0, ddof=1)[1] / np.sqrt(count)
+    strength = next(strength for strength, block in mean if mean[strength, block][1] >= least)
+    block = max(BLOCKS, key=lambda block: mean[strength, block][1])
+    return block, strength, {block: dict(zip(("folds", "altered_folds"), map(float, mean[strength, block]), strict=True)) for block in BLOCKS}
+
 
 # %% ../nbs/08b_external.ipynb #c012
 def external(train: Path, test: Path, positive: Sequence[str], negative: Sequence[str], weights: Path, seed: int = 0) -> dict:
     """What a classifier fitted on the folder `train` reaches on the folder `test`, JSON-ready: auc with low and high (95 %, bootstrap over groups),
     balanced_accuracy with balanced_accuracy_low and balanced_accuracy_high, n, n_groups, n_excluded, {value, low, high} of both for each baseline,
-    the AUC in grouped folds of the training folder, for each block of LAYERS too, AUC with low and high of the block that these folds favour, and a
-    verdict.
+    the chosen block and strength, and in `blocks` of each block at that strength the AUC in grouped folds of the training folder (folds, altered_folds) and on
+    the folder `test` (auc), and a verdict.
 
     `positive` and `negative` are beginnings of sub-folder names. Raises StudyError for folders or weights that do not serve."""
     weights = Path(weights)
@@ -115,21 +133,17 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
             manifest, thumbnails = load_folder(Path(folder).resolve(), positive, negative, slices)
             kept = manifest["status"] == "kept"
             parts[name] = manifest[kept].reset_index(drop=True), thumbnails[kept], int((~kept & ~manifest["reason"].str.startswith("exact copy")).sum())
-            inputs[name] = features([slices / f"{i}.png" for i in parts[name][0]["image_id"]], weights.resolve())
+            inputs[name] = features([slices / f"{i}.png" for i in parts[name][0]["image_id"]], weights.resolve(), COPIES if name == "train" else 0)
     rows, seen, _ = parts["train"]
     tested, tested_seen, excluded = parts["test"]
-    chosen = {layer: choose_strength(inputs["train"][layer], rows, seed) for layer in LAYERS}
-    layers = {layer: inside[strength] for layer, (strength, inside) in chosen.items()}
-    strength = chosen[LAYER][0]
+    block, strength, blocks = choose(inputs["train"], rows, seed)
 
     def score(model: object, fit: object, predict: object) -> dict:
         p = model.fit(fit, rows["label"].to_numpy(str)).predict_proba(predict)
         return scores(tested["label"], p, tested["group"], seed)
 
-    result = score(classifier(strength), inputs["train"][LAYER], inputs["test"][LAYER])
-    favoured = max(layers, key=layers.get)
-    other = score(classifier(chosen[favoured][0]), inputs["train"][favoured], inputs["test"][favoured])["auc"]
-    others = {}
+    results = {name: score(classifier(strength), inputs["train"][0][name], inputs["test"][0][name]) for name in BLOCKS}
+    result, others = results[block], {}
     for name in BASELINES:
         fit, model = baseline(name, rows, seen)
         others[name] = score(model, fit, baseline(name, tested, tested_seen)[0])
@@ -137,9 +151,8 @@ def external(train: Path, test: Path, positive: Sequence[str], negative: Sequenc
               "balanced_accuracy": result["balanced_accuracy"]["value"],
               **{f"balanced_accuracy_{k}": result["balanced_accuracy"][k] for k in ("low", "high")},
               "n_groups": result["n_groups"], "n_excluded": excluded,
-              "baselines": others, "train": {"n": len(rows), "n_groups": int(rows["group"].nunique()), "auc_grouped_folds": layers[LAYER], "auc_by_layer": layers},
-              "strength": strength, "layer": LAYER,
-              "favoured_by_folds": {"layer": favoured, "auc": other["value"], "low": other["low"], "high": other["high"]}, "weights": weights.name, "normalise": SETTINGS["normalise"]}
+              "baselines": others, "train": {"n": len(rows), "n_groups": int(rows["group"].nunique()), "auc_grouped_folds": blocks[block]["folds"]},
+              "strength": strength, "block": block, "blocks": {name: told | {"auc": results[name]["auc"]["value"]} for name, told in blocks.items()}, "weights": weights.name, "normalise": SETTINGS["normalise"]}
     return report | {"verdict": verdict(report)}
 
 
@@ -150,9 +163,8 @@ def verdict(report: dict) -> str:
     said = (f"AUC {report['auc']:.2f} ({report['low']:.2f} to {report['high']:.2f}) on {report['n']} slices in {report['n_groups']} groups of another "
             f"source; {report['train']['auc_grouped_folds']:.2f} in grouped folds of its own. "
             f"Best of what sees no tumour, {BASELINES[name]}: {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f}). ")
-    if (favoured := report["favoured_by_folds"])["layer"] != report["layer"]:
-        said += (f"Block {report['layer']} was fixed beforehand; {favoured['layer']}, which these folds favour, reaches {favoured['auc']:.2f} "
-                 f"({favoured['low']:.2f} to {favoured['high']:.2f}): the score hangs on the block. ")
+    other = sorted(told["auc"] for told in report["blocks"].values())
+    said += f"{report['block']} was chosen by grouped folds of the training folder, tested on altered slices; the blocks reach {other[0]:.2f} to {other[-1]:.2f}. "
     if report["low"] <= 0.5:
         return said + "No better than chance: what was learned does not hold there."
     if report["low"] <= auc["value"]:
@@ -168,5 +180,7 @@ def text(report: dict) -> str:
     for name, found in (table | {BASELINES[name]: found for name, found in report["baselines"].items()}).items():
         cells = ["{value:.2f} ({low:.2f} to {high:.2f})".format(**found[metric]) for metric in ("auc", "balanced_accuracy")]
         lines.append(f"{name:24}{cells[0]:>22}{cells[1]:>26}")
-    inside = ", ".join(f"{layer} {auc:.2f}" for layer, auc in report["train"]["auc_by_layer"].items())
-    return "\n".join([*lines, f"AUC in grouped folds of the training folder: {inside}; {report['layer']} is used", f"{report['n']} slices in {report['n_groups']} groups; {report['n_excluded']} could not be used", report["verdict"]])
+    lines += ["", f"{'block':24}{'folds':>10}{'altered':>10}{'other source':>15}", *(
+        f"{name + (' (chosen)' if name == report['block'] else ''):24}{told['folds']:>10.2f}{told['altered_folds']:>10.2f}{told['auc']:>15.2f}"
+        for name, told in report["blocks"].items()), ""]
+    return "\n".join([*lines, f"{report['n']} slices in {report['n_groups']} groups; {report['n_excluded']} could not be used", report["verdict"]])

@@ -100,7 +100,9 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
                 try:
                     found = trial(values, limit)
                 except StudyError as error:
-                    raise keras_tuner.errors.FatalError(f"trial {number} of the {kind} search ({values}): {error}") from error
+                    told = f"trial {number} of the {kind} search ({values}): {error}"
+                    write_json(Path(self.get_trial_dir(run.trial_id)) / "error.json", told)
+                    raise (keras_tuner.errors.FailedTrialError if worker else keras_tuner.errors.FatalError)(told) from error
                 write_json(answer, {**values, "epochs": limit, **found, "seconds": time.monotonic() - start})
             write_json(Path(self.get_trial_dir(run.trial_id)) / "answer.json", read_json(answer))
             note({"search": kind, "trial": number, "cached": cached, **read_json(answer)})
@@ -111,6 +113,7 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
         budget["num_initial_points"] = max(2, trials // 3)  # drawn at random, the same as the random search's first ones
     worker = os.environ.get("KERASTUNER_TUNER_ID", "chief") != "chief"
     oracle = kinds[kind](hyperparameters=space, tune_new_entries=False, objective=keras_tuner.Objective("val_loss", "min"), seed=seed + 1,
+                         max_consecutive_failed_trials=10**9,  # a chief that gives up leaves its workers without an answer
                          **budget)  # keras-tuner takes the seed 0 for none
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):  # small matrices: a second thread makes a proposal four times slower
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -118,6 +121,8 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
             Search(oracle, directory=str(folder), project_name=kind, overwrite=not worker).search(verbose=0)
         except keras_tuner.errors.FatalError as error:
             raise StudyError(str(error)) from error
+    for failed in sorted(folder.joinpath(kind).glob("trial_*/error.json")):
+        raise StudyError(read_json(failed))
     answers = sorted(folder.joinpath(kind).glob("trial_*/answer.json"), key=lambda file: int(file.parent.name.removeprefix("trial_")))
     if not answers:
         raise StudyError(f"no trial of the {kind} search gave a loss: lower tune.epochs or tune.folds in params.yaml")

@@ -440,6 +440,35 @@ def test_chief_and_workers_of_keras_tuner_share_the_trials(study, trained, tmp_p
     assert len(set(parents)) == 2, "both workers took part"
 
 
+def test_a_trial_that_fails_at_a_worker_ends_its_chief_with_the_sentence(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = """
+import sys
+from pathlib import Path
+from deeptumornet.study import StudyError
+from deeptumornet.tuning import _chief, search
+
+def trial(values, epochs):
+    raise StudyError("the loss is no longer a number")
+
+try:
+    with _chief(sys.argv[1], 0, sys.argv[2] == "worker"):
+        search("random", trial, [0], 5, 1, 0, Path(sys.argv[3]))
+except StudyError as error:
+    print(error)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, f"127.0.0.1:{port}", role, tmp_path], stdout=subprocess.PIPE, text=True)
+                 for role in ("chief", "worker")]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(text.startswith("trial 1 of the random search") and text.endswith("the loss is no longer a number\n") for text in said), said
+
+
 def test_a_fourth_network_is_one_line(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     assert "  # vgg16: 06a_vgg16" in text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_serving import HOW, make_champion, pngs
+from bench_serving import HOW, NETWORKS, make_champion, pngs
 from benchmark import save, seconds
 from tqdm import tqdm
 
@@ -51,14 +51,14 @@ def measure(name: str, database: str, address: str | Path, spool: Path, champion
     low, high = np.quantile(ratio(taken[draws, 0], taken[draws, 1]), [0.025, 0.975])
     save(name, [ratio(*taken.T)], "at most 1.02",
          f"median difference of {PAIRS} pairs of answers, with the log ({database}) and without, in turn, by the median without, and "
-         f"the CPU seconds a second that the rows' way to the database takes; 95 % interval by bootstrap over pairs; {HOW}",
+         f"the CPU seconds a second that the rows' way to the database takes; 95 % interval by bootstrap over pairs; {HOW}{NETWORKS[0]}",
          low=low, high=high, pairs=PAIRS, milliseconds=np.median(taken, 0).tolist(), moving_cpu=float(np.median(moved)), rows=rows)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         folder, png = Path(name), pngs(2)[1]
-        champion = make_champion(folder)
+        champion = make_champion(folder, NETWORKS[0])
         measure("log_cost", "SQLite", folder / "log.sqlite", folder / "sqlite.spool", champion, png)
         try:
             with contextmanager(running_postgres)() as address:

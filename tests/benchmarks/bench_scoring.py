@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
-from bench_serving import NETWORK, SIZE, make_champion
+from bench_serving import NETWORKS, SIZE, make_champion
 from benchmark import save
 from PIL import Image
 from scipy import stats
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     if not find_spec("pyspark"):
         sys.exit(print("not measured: pyspark is not installed (pip install 'deeptumornet[spark]')"))
     with tempfile.TemporaryDirectory() as name:
-        champion = make_champion(Path(name))
+        champion = make_champion(Path(name), NETWORKS[0])
         engine = open_engine(champion)
         archive, target, killed = Path(name) / "archive", Path(name) / "scores", []
         archive.mkdir()
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     rate = {"value": float(speed.mean()), "low": float(speed.mean() - margin), "high": float(speed.mean() + margin),
             "interval": f"95 %, t over {BLOCKS} equal parts of one run"}
     save("spark_scoring", [lost + doubled], "0, with one of two executors killed in the middle and at most 1e-4 from the service",
-         "files lost and doubled", files=FILES, pixels=f"{SIDE}×{SIDE}", network=NETWORK, size=SIZE,
+         "files lost and doubled", files=FILES, pixels=f"{SIDE}×{SIDE}", network=NETWORKS[0], size=SIZE,
          distinct=distinct, compared=len(truth), machine=f"{cpu()}, {os.cpu_count()} cores", seconds=taken, cores=CORES,
          killed=len(killed), lost=lost, doubled=doubled, largest_difference=difference,
          rate=rate, slices_per_core_hour=rate["value"], load=os.getloadavg()[2])

@@ -20,7 +20,18 @@ def save(name: str, ratios: list[float], goal: str, how: str, **more) -> None:
     result = {"name": name, "ratio": float(np.median(ratios)), "low": float(min(ratios)), "high": float(max(ratios)), "goal": goal,
               "how": how, "rounds": len(ratios), **more}
     write_json(RESULTS / f"{name}.json", result)
+    (RESULTS / "README.md").write_text(table())
     print(json.dumps(result, indent=1))
+
+
+def table() -> str:
+    """All results as Markdown, in the order of their names."""
+    lines = ["# Measured", "", "By `make bench` on two cores: the median of the rounds and their range, beside the goal, met or not.", "",
+             "| what | measured | rounds | goal | how |", "|---|---|---|---|---|"]
+    for file in sorted(RESULTS.glob("*.json")):
+        found = json.loads(file.read_text())
+        lines.append("| {name} | {ratio:.3g} ({low:.3g} to {high:.3g}) | {rounds} | {goal} | {how} |".format(**found))
+    return "\n".join([*lines, ""])
 
 
 def seconds(work: Callable[[], object]) -> float:

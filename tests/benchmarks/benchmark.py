@@ -30,7 +30,7 @@ def table() -> str:
              "| what | measured | rounds | goal | how |", "|---|---|---|---|---|"]
     for file in sorted(RESULTS.glob("*.json")):
         found = json.loads(file.read_text())
-        lines.append("| {name} | {ratio:.3g} ({low:.3g} to {high:.3g}) | {rounds} | {goal} | {how} |".format(**found))
+        lines.append("| {name} | {ratio:.4g} ({low:.4g} to {high:.4g}) | {rounds} | {goal} | {how} |".format(**found))
     return "\n".join([*lines, ""])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -159,16 +160,16 @@ class Kept:
         import tensorflow as tf
 
         names, paths = list(missing), list(missing.values())
-        with progress(None, what, len(names)) as bar:
+        with progress(None, what, len(names)) as bar, ThreadPoolExecutor(2) as pool:  # while one batch waits for a small operation, another works
             for start in range(0, len(names), BLOCK):
                 rows = np.zeros(len(names[start:start + BLOCK]), self.row)
                 rows["slice"] = names[start:start + BLOCK]
-                for k, batch in enumerate(slice_dataset(paths[start:start + BLOCK])):
-                    count = len(batch)
-                    full = tf.pad(batch, [[0, BATCH - count], [0, 0], [0, 0], [0, 0]])
-                    for j, output in enumerate(tf.nest.flatten(run(full))):
-                        rows[f"x{j}"][k * BATCH:k * BATCH + count] = output[:count]
-                    bar.update(count)
+                batches = [tf.pad(batch, [[0, BATCH - len(batch)], [0, 0], [0, 0], [0, 0]]) for batch in slice_dataset(paths[start:start + BLOCK])]
+                for k, outputs in enumerate(pool.map(run, batches)):
+                    part = rows[k * BATCH:(k + 1) * BATCH]
+                    for j, output in enumerate(tf.nest.flatten(outputs)):
+                        part[f"x{j}"] = output[:len(part)]
+                    bar.update(len(part))
                 self._write(rows)
 
     def _write(self, rows: np.ndarray) -> None:

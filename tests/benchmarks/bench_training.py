@@ -34,7 +34,7 @@ from deeptumornet.training import (
 )
 
 NETWORKS, SIZE, SLICES, EPOCHS, BATCH = ("resnet50", "inceptionv3", "nasnetmobile"), 224, 343, 20, 32
-ROUNDS, STEPS = 3, 12
+ROUNDS, STEPS = 2, 30
 RECIPE = {"optimizer": "adam", "rate": 0.001, "weight_decay": 0.0, "schedule": "constant", "epochs": EPOCHS, "patience": 0, "batch": BATCH,
           "label_smoothing": 0.0, "class_weight": "none", "units": 0, "dropout": 0.0}
 
@@ -81,9 +81,9 @@ def timed(work: Callable, *words: object) -> tuple[np.ndarray, float]:
     return work(*words), time.perf_counter() - start
 
 
-def first_and_steady(name: str, folder: Path, ours: bool) -> tuple[float, float]:
-    """Seconds of the first training step of the whole network at batch 8, and the median of the next ones, in this fresh process; ours, or
-    with nothing set that Keras does not set by itself."""
+def walk(name: str, folder: Path, ours: bool) -> None:
+    """Training steps of the whole network at batch 8, ours or with nothing set that Keras does not set by itself: one for each line read,
+    and its seconds written."""
     deterministic(0) if ours else keras.utils.set_random_seed(0)
     model, files = made(name), sorted(folder.glob("*.png"))
     x, y = next(iter(training_dataset(files, (np.arange(len(files)) % 2).astype("int64"), 8, 0, None)))
@@ -93,14 +93,26 @@ def first_and_steady(name: str, folder: Path, ours: bool) -> tuple[float, float]
     else:
         model.compile("adam", "sparse_categorical_crossentropy")
         step = lambda: model.train_on_batch(x, y)  # noqa: E731
-    first = seconds(step)
-    return first, float(np.median([seconds(step) for _ in range(STEPS)]))
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(seconds(step), flush=True)
 
 
-def steps_of(name: str, folder: Path, ours: bool) -> tuple[float, float]:
-    done = subprocess.run([sys.executable, __file__, "step", name, folder, str(int(ours))], capture_output=True, text=True, check=True)
-    first, steady = done.stdout.split()[-2:]
-    return float(first), float(steady)
+def steps_of(name: str, folder: Path, turn: int) -> dict[bool, list[float]]:
+    """The seconds of 1 + STEPS steps in fresh processes, with our settings (True) and with Keras' own, one of each in turn: a machine's
+    speed drifts by more than they differ."""
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    walkers = {ours: subprocess.Popen([sys.executable, __file__, "walk", name, folder, str(int(ours))], stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for ours in spent}
+    for walker in walkers.values():
+        walker.stdout.readline()
+    for k in range(1 + STEPS):
+        for ours in sorted(walkers, reverse=(turn + k) % 2 == 1):
+            print(file=walkers[ours].stdin, flush=True)
+            spent[ours].append(float(walkers[ours].stdout.readline()))
+    for walker in walkers.values():
+        walker.communicate()
+    return spent
 
 
 def stream(folder: Path, count: int) -> None:
@@ -147,15 +159,12 @@ def measure_head(network: str, files: list[Path], labels: np.ndarray) -> None:
 
 
 def measure_steps(network: str, folder: Path) -> None:
-    pairs = []
-    for k in range(ROUNDS):
-        arms = (True, False) if k % 2 else (False, True)
-        found = {ours: steps_of(network, folder, ours) for ours in arms}
-        pairs.append((found[False], found[True]))
-    for k, (what, how) in enumerate((("first_step", "first training step"), ("steady_step", f"median of the next {STEPS} training steps"))):
-        save(f"{what}_{network}", [theirs[k] / ours[k] for theirs, ours in pairs], "at least 1",
-             f"{how} of the whole network at batch 8 and {SIZE} pixels, each in a fresh process: Keras as it comes (XLA, no determinism) "
-             "by ours", seconds=[[theirs[k], ours[k]] for theirs, ours in pairs])
+    rounds = [steps_of(network, folder, turn) for turn in range(ROUNDS)]
+    told = f"of the whole network at batch 8 and {SIZE} pixels, ours and Keras' in turn: Keras as it comes (XLA, no determinism) by ours"
+    for what, how, part in (("first_step", "first training step", slice(1)),
+                            ("steady_step", f"median of the next {STEPS} training steps", slice(1, None))):
+        pairs = [[float(np.median(spent[ours][part])) for ours in (False, True)] for spent in rounds]
+        save(f"{what}_{network}", [theirs / ours for theirs, ours in pairs], "at least 1", f"{how} {told}", seconds=pairs)
 
 
 def measure_memory() -> None:
@@ -172,8 +181,8 @@ if __name__ == "__main__":
         stream(Path(sys.argv[2]), int(sys.argv[3]))
         print(peak())
         sys.exit()
-    if sys.argv[1:2] == ["step"]:
-        print(*first_and_steady(sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "1"))
+    if sys.argv[1:2] == ["walk"]:
+        walk(sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "1")
         sys.exit()
     chosen = sys.argv[1:] or [*NETWORKS, "memory"]
     with tempfile.TemporaryDirectory() as name:

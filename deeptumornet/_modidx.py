@@ -634,6 +634,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deeptumornet.training.devices': ('training.html#devices', 'deeptumornet/training.py'),
                                        'deeptumornet.training.fine_tuner': ('training.html#fine_tuner', 'deeptumornet/training.py'),
                                        'deeptumornet.training.fit_head': ('training.html#fit_head', 'deeptumornet/training.py'),
+                                       'deeptumornet.training.fused': ('training.html#fused', 'deeptumornet/training.py'),
                                        'deeptumornet.training.inner_split': ('training.html#inner_split', 'deeptumornet/training.py'),
                                        'deeptumornet.training.jobs': ('training.html#jobs', 'deeptumornet/training.py'),
                                        'deeptumornet.training.load_backbone': ('training.html#load_backbone', 'deeptumornet/training.py'),

@@ -19,10 +19,11 @@ from sklearn.preprocessing import StandardScaler
 
 from .audit import BASELINES, baseline, scores
 from .collection import catalogue
+from .features import BATCH, slice_dataset
 from .groups import check_groups, group_folds
 from .preprocessing import complete, examine
 from .study import StudyError
-from .training import augment, deterministic, load_backbone, load_network, slice_dataset
+from .training import augment, deterministic, load_backbone, load_network
 
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'NEGATIVE', 'BLOCKS', 'ALTERED', 'COPIES', 'STRENGTHS', 'load_folder', 'features',
@@ -75,9 +76,9 @@ def features(files: list[Path], weights: Path | str, copies: int = 0, size: int 
         return model(tf.repeat(batch, 3, -1) / 127.5 - 1, training=False)
 
     found = [[] for _ in range(copies + 1)]
-    for number, batch in enumerate(slice_dataset(files, 32)):
+    for number, batch in enumerate(slice_dataset(files)):
         for copy, parts in enumerate(found):
-            keys = tf.constant([(copy, 32 * number + k) for k in range(len(batch))], tf.int64) if copy else None
+            keys = tf.constant([(copy, BATCH * number + k) for k in range(len(batch))], tf.int64) if copy else None
             parts.append(run(batch, keys))
     return [{block: np.concatenate([part[block] for part in parts]) for block in BLOCKS} for parts in found]
 

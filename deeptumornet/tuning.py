@@ -121,8 +121,8 @@ def search(kind: str, trial: Callable[[dict, int], dict], depths: Sequence[int],
             Search(oracle, directory=str(folder), project_name=kind, overwrite=not worker).search(verbose=0)
         except keras_tuner.errors.FatalError as error:
             raise StudyError(str(error)) from error
-    for failed in sorted(folder.joinpath(kind).glob("trial_*/error.json")):
-        raise StudyError(read_json(failed))
+    if failed := sorted(folder.joinpath(kind).glob("trial_*/error.json")):
+        raise StudyError(read_json(failed[0]))
     answers = sorted(folder.joinpath(kind).glob("trial_*/answer.json"), key=lambda file: int(file.parent.name.removeprefix("trial_")))
     if not answers:
         raise StudyError(f"no trial of the {kind} search gave a loss: lower tune.epochs or tune.folds in params.yaml")

@@ -35,6 +35,12 @@ def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def phantoms() -> list[np.ndarray]:
     """Four slices in whole HU (float32), normal and with a mass in turn."""
@@ -94,9 +100,7 @@ def s3():
     """An S3 server (moto's) in a process of its own, which checks every signature, with the bucket `team`; its address, and its keys."""
     import boto3
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     words = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/tmp")
@@ -139,9 +143,7 @@ def running_postgres() -> Iterator[str]:
             pytest.skip("PostgreSQL does not run as root, and this machine has no user postgres")
         for path in (folder, folder / "password"):
             os.chown(path, user["user"], -1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     subprocess.run([found, "-D", folder / "data", "-U", "study", "-A", "scram-sha-256", "--pwfile", folder / "password", "-N"],
                    check=True, capture_output=True, cwd="/tmp", **user)
     server = subprocess.Popen([Path(found).resolve().with_name("postgres"), "-D", folder / "data", "-p", str(port), "-k", folder,

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from conftest import free_port
 
 from deeptumornet.serving import MOST_LARGE, create_app
 from deeptumornet.study import atomic, read_json, write_json
@@ -41,9 +42,7 @@ def test_predict_says_what_the_service_says(champion, slice_png, tmp_path):
 @contextmanager
 def running(words: list):
     """A service that answers, as its process and address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([str(word).replace("PORT", str(port)) for word in words], stderr=subprocess.PIPE, text=True)
     address, start = f"http://127.0.0.1:{port}", time.monotonic()
     try:

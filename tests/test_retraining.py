@@ -1,7 +1,6 @@
 """A challenger becomes champion only whole and not inferior; the way back gives the same bytes."""
 
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
+from conftest import free_port
 from filelock import FileLock
 from mlflow import MlflowClient
 from PIL import Image
@@ -107,9 +107,7 @@ def test_a_promotion_killed_between_the_two_folders(rivals):
 
 def test_the_service_takes_up_a_new_champion_and_drops_no_request(rivals, slice_png):
     champion, challenger = rivals
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    address = f"http://127.0.0.1:{free_port()}"
     words = [Path(sys.executable).with_name("deeptumornet"), "serve", "--port", address.rsplit(":", 1)[1], "--champion", champion]
     service, start, versions = subprocess.Popen(words, stderr=subprocess.DEVNULL), time.monotonic(), []
 

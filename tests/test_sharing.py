@@ -4,7 +4,6 @@ import base64
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import mlflow
 import pytest
 import requests
 import sqlalchemy as sa
+from conftest import free_port
 from mlflow import MlflowClient
 
 from deeptumornet.commands import main
@@ -24,12 +24,6 @@ from deeptumornet.study import StudyError, open_study, sha256, tracked
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN, REPOSITORY = "a-token-for-tests-only", "owner/repo"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

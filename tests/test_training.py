@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -404,9 +405,7 @@ def test_the_search_that_was_killed_arrives_at_the_same_trials_by_its_answers(tm
 
 
 def test_chief_and_workers_of_keras_tuner_share_the_trials(study, trained, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     for name in ("data", "models", "reports"):
         (tmp_path / name).symlink_to(study.workspace / name)
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
@@ -441,9 +440,7 @@ def test_chief_and_workers_of_keras_tuner_share_the_trials(study, trained, tmp_p
 
 
 def test_a_trial_that_fails_at_a_worker_ends_its_chief_with_the_sentence(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = """
 import sys
 from pathlib import Path

@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -123,50 +124,71 @@ def _answer(status: HTTPStatus, detail: str, *headers: str) -> bytes:
 
 
 class Keeper:
-    """Keeps each client's connection open beside the worker that has it, so that a killed worker's clients are answered 503, and none is
-    reset; and reads no more of a client after SLOWEST. A thread of the process that starts the workers."""
+    """Accepts the service's clients for its workers, and keeps each connection open beside the worker that has it, so that a killed worker's clients
+    are answered 503, and none is reset; and reads no more of a client after SLOWEST. A thread of the process that starts the workers."""
 
     def __init__(self):
-        self._inbox, self._outbox = socket.socketpair()
+        self.inbox, self._outbox = socket.socketpair()
+        self.inbox.setblocking(False)
         self._held: dict[socket.socket, tuple[socket.socket, float]] = {}  # the oldest first
-        threading.Thread(target=self._keep, daemon=True).start()
+        self._whole = threading.Lock()
+        os.register_at_fork(before=self._whole.acquire, after_in_parent=self._whole.release, after_in_child=self._forget)
 
-    def give(self, client: socket.socket) -> socket.socket:
-        "In a worker: keep `client` until a byte is sent on the socket that is returned, or it is closed by the worker's death"
-        mine, theirs = socket.socketpair()
-        with theirs, suppress(OSError):
-            socket.send_fds(self._outbox, [b"."], [client.fileno(), theirs.fileno()])
-        return mine
-
-    def forget(self) -> None:
-        "In a new worker: close what the fork copied"
+    def _forget(self) -> None:
         for held, (client, _) in self._held.items():
             held.close()
             client.close()
+        self._whole.release()
 
-    def _keep(self) -> None:
+    def take(self) -> tuple[socket.socket, socket.socket, tuple] | None:
+        """In a worker: a client's connection, the socket that stays open until the answer is sent and is sent a byte then, and the client's
+        address; None where nobody waits"""
+        with suppress(BlockingIOError):
+            address, found, *_ = socket.recv_fds(self.inbox, 256, 2)
+            sockets = [socket.socket(fileno=one) for one in found]
+            if len(sockets) == 2:  # fewer where this process has no more file descriptors
+                return *sockets, tuple(json.loads(address))
+        return None
+
+    def refuse(self) -> None:
+        "Answer 503 to all whom no worker took"
+        while taken := self.take():
+            _refuse(taken[0])
+
+    def keep(self, listeners: list) -> None:
+        "Do so from now on"
         selector = selectors.DefaultSelector()
-        selector.register(self._inbox, selectors.EVENT_READ)
+        for listener in listeners:
+            selector.register(listener, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select(1.0):
-                if key.fileobj is self._inbox:
-                    sockets = [socket.socket(fileno=fd) for fd in socket.recv_fds(self._inbox, 1, 2)[1]]
-                    if len(sockets) == 2:  # fewer where this process has no more file descriptors
-                        self._held[sockets[1]] = sockets[0], time.monotonic() + SLOWEST
-                        selector.register(sockets[1], selectors.EVENT_READ)
-                    continue
-                selector.unregister(key.fileobj)
-                client, _ = self._held.pop(key.fileobj)
-                with key.fileobj as token:
-                    if token.recv(1):
-                        client.close()
-                    else:
-                        threading.Thread(target=_refuse, args=(client,), daemon=True).start()
-            for client, end in list(self._held.values()):
-                if end > time.monotonic():
-                    break
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RD)
+            ready = selector.select(1.0)
+            with self._whole:
+                for key, _ in ready:
+                    if key.fileobj in listeners:
+                        if select.select([], [self._outbox], [], 0.01)[1]:  # else the workers have all that they take
+                            self._accept(key.fileobj, selector)
+                        continue
+                    selector.unregister(key.fileobj)
+                    client, _ = self._held.pop(key.fileobj)
+                    with key.fileobj as token:
+                        if token.recv(1):
+                            client.close()
+                        else:
+                            threading.Thread(target=_refuse, args=(client,), daemon=True).start()
+                for client, end in self._held.values():
+                    if end > time.monotonic():
+                        break
+                    with suppress(OSError):
+                        client.shutdown(socket.SHUT_RD)
+
+    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+        with suppress(OSError):  # it has gone, or the service stops
+            client, address = listener.accept()
+            mine, theirs = socket.socketpair()
+            with theirs:
+                socket.send_fds(self._outbox, [json.dumps(address).encode()], [client.fileno(), theirs.fileno()])
+            self._held[mine] = client, time.monotonic() + SLOWEST
+            selector.register(mine, selectors.EVENT_READ)
 
 
 class _Whole:
@@ -218,7 +240,7 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
     from gunicorn.app.base import BaseApplication
     from gunicorn.errors import AppImportError
     from gunicorn.util import close_graceful
-    from gunicorn.workers.gthread import ThreadWorker
+    from gunicorn.workers.gthread import TConn, ThreadWorker
 
     folder = exported(champion).resolve()
     if not (folder / "card.json").is_file():
@@ -231,9 +253,25 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
     keeper, served = Keeper(), multiprocessing.Value("b", False)
 
     class Worker(ThreadWorker):
-        def enqueue_req(self, conn):
-            conn.kept = keeper.give(conn.sock)
-            super().enqueue_req(conn)
+        def init_process(self):
+            for listener in self.sockets:
+                listener.close()
+            self.sockets = [keeper.inbox]
+            super().init_process()
+
+        def accept(self, inbox):
+            if taken := keeper.take():
+                client, kept, address = taken
+                self.nr_conns += 1
+                conn = TConn(self.cfg, client, address, client.getsockname())
+                conn.kept = kept
+                self.enqueue_req(conn)
+
+        def set_accept_enabled(self, enabled):
+            accepted = self._accepting
+            super().set_accept_enabled(enabled and self.alive)
+            while accepted and not self.alive and select.select([keeper.inbox], [], [], 0)[0]:  # a stop: whom the keeper accepted is answered
+                self.accept(keeper.inbox)
 
         def handle(self, conn):
             conn.sock = _Whole(conn.sock)
@@ -252,11 +290,18 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
             super().handle_error(req, client, addr, exc)
             client.explain()
 
+    def start(arbiter) -> None:
+        threading.Thread(target=keeper.keep, args=(arbiter.LISTENERS,), daemon=True).start()
+
+    def end(_) -> None:
+        keeper.refuse()
+        shutil.rmtree(shared)
+
     class Service(BaseApplication):
         def load_config(self) -> None:
             options = {"bind": f"{host}:{port}", "workers": workers, "worker_class": Worker, "threads": THREADS, "worker_connections": 2 * THREADS,
                        "graceful_timeout": 60, "timeout": 60, "keepalive": 0, "backlog": 512, "sendfile": False, "control_socket_disable": True,
-                       "post_fork": lambda _, worker: keeper.forget(), "on_exit": lambda _: shutil.rmtree(shared)}
+                       "when_ready": start, "on_exit": end}
             for name, value in options.items():
                 self.cfg.set(name, value)
 

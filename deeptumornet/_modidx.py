@@ -262,6 +262,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'deeptumornet.export': { 'deeptumornet.export.Engine': ('export.html#engine', 'deeptumornet/export.py'),
                                      'deeptumornet.export.Engine.__init__': ('export.html#engine.__init__', 'deeptumornet/export.py'),
                                      'deeptumornet.export.Engine.predict': ('export.html#engine.predict', 'deeptumornet/export.py'),
+                                     'deeptumornet.export.Engine.predict_one': ('export.html#engine.predict_one', 'deeptumornet/export.py'),
                                      'deeptumornet.export.Engine.prepare': ('export.html#engine.prepare', 'deeptumornet/export.py'),
                                      'deeptumornet.export._litert': ('export.html#_litert', 'deeptumornet/export.py'),
                                      'deeptumornet.export._openvino': ('export.html#_openvino', 'deeptumornet/export.py'),

@@ -176,8 +176,11 @@ def against_others(champion: Path, files: list[bytes], port: int, plain: int, ml
     rounds = []
     for turn in range(ROUNDS + 1):
         said = {}
-        pairs = [(seconds(lambda k=k: ours(k)), seconds(lambda k=k: alone(single, files[k % 4]))) for k in range(count // 4)]
-        said["one"] = float(np.divide(*np.median(pairs, 0)))
+        spent = []
+        for _ in range(max(1, count // 100)):  # whoever comes after the other finds cold caches
+            for one in (ours, lambda k: alone(single, files[k % 4])):
+                spent.append([seconds(lambda k=k, one=one: one(k)) for k in range(25)])
+        said["one"] = float(np.median(spent[::2]) / np.median(spent[1::2]))
         said["alone"], said["batch"] = best_batch(whole, prepared)
         said["engine_and_reading"] = load(len(engines), count // 2, lambda k: alone(engines[k % len(engines)], files[k % 4]))[0]
         said["ours"], ours_spent = load(32, count, ours)
@@ -188,13 +191,16 @@ def against_others(champion: Path, files: list[bytes], port: int, plain: int, ml
             rounds.append(said)
     assert not wrong, wrong[:3]
     each = {name: [r[name] for r in rounds] for name in rounds[0]}
+    measured, each["alone"] = each["alone"], [max(each["alone"])] * len(rounds)  # OpenVINO in two threads has slow spells, of many seconds
     ratios = {name: np.divide(each["ours"], each[name]).tolist() for name in ("alone", "engine_and_reading", "plain", "mlflow")}
     how = f"{HOW}{network}; engine {whole.card['precision']}"
     save(f"serving_one_client_{network}", each["one"], "at most 1.15",
-         f"median seconds of a request by those of the engine, in as many threads as a process has, with reading and preparation; {how}")
+         "median seconds of a request by those of the engine, in as many threads as a process has, with reading and preparation, 25 and 25 "
+         f"in turn; {how}")
     save(f"serving_by_engine_{network}", ratios["alone"], "at least 0.9",
-         f"requests a second of 32 clients on the same cores by slices a second of the engine alone at its best batch; {how}",
-         per_second=each["ours"], alone_per_second=each["alone"], best_batch=each["batch"],
+         "requests a second of 32 clients on the same cores by slices a second of the engine alone, at the best batch of its best round; "
+         f"{how}",
+         per_second=each["ours"], alone_per_second=measured, best_batch=each["batch"],
          by_an_engine_a_core_that_reads_and_prepares=ratios["engine_and_reading"], wrong_answers=len(wrong),
          engine_alone_by_plain_flask=np.divide(each["alone"], each["plain"]).tolist())
     save(f"serving_by_plain_flask_{network}", ratios["plain"], "at least 5, with a lower p99",

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
+from queue import LifoQueue
 
 import click
 import numpy as np
@@ -167,11 +168,12 @@ def data_url(picture: Image.Image) -> str:
 PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "sources", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
-_AT_WORK = ThreadPoolExecutor(4)  # two slices are read while two are in the engine; more would share the same cores, and each would end later
-_BESIDE = ThreadPoolExecutor(2)  # while a slice is in the engine, these look for what makes its answer doubtful
+_IDLE = LifoQueue()  # who worked last works next, while its caches are warm
+for _ in range(4):  # two slices are read while two are in the engine; more would share the same cores, and each would end later
+    _IDLE.put((ThreadPoolExecutor(1), ThreadPoolExecutor(1)))
 
 
-def _look(engine: Engine, data: bytes | np.ndarray, logged: bool) -> tuple:
+def _look(engine: Engine, data: bytes | np.ndarray, logged: bool, helper: ThreadPoolExecutor) -> tuple:
     # in threads of their own, for each thread that ever decodes a slice keeps memory for the next
     found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
     prepared, place = engine.prepare(found.pixels)
@@ -179,7 +181,7 @@ def _look(engine: Engine, data: bytes | np.ndarray, logged: bool) -> tuple:
     def beside() -> tuple:
         statistics = image_statistics(prepared)
         return statistics, cautions(engine.card, found, statistics), found.image_id if logged else ""
-    doubts = _BESIDE.submit(beside)
+    doubts = helper.submit(beside)
     return found, prepared, place, engine.predict_one(prepared), *doubts.result()
 
 
@@ -189,7 +191,12 @@ def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    found, prepared, place, (probabilities, heat, features), statistics, warned, image_id = _AT_WORK.submit(_look, engine, data, log is not None).result()
+    reader, helper = _IDLE.get()
+    try:
+        looked = reader.submit(_look, engine, data, log is not None, helper).result()
+    finally:
+        _IDLE.put((reader, helper))
+    found, prepared, place, (probabilities, heat, features), statistics, warned, image_id = looked
     p = {label: float(v) for label, v in zip(card["classes"], probabilities, strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {

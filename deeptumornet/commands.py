@@ -156,7 +156,7 @@ class Keeper:
             _refuse(taken[0])
 
     def keep(self, listeners: list) -> None:
-        "Do so from now on"
+        "Accept from `listeners`, and keep whom they bring, for as long as this process lives"
         selector = selectors.DefaultSelector()
         for listener in listeners:
             selector.register(listener, selectors.EVENT_READ)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def convert(model, positive: int, folder: Path, axes: np.ndarray, precisions: It
 
     names = [layer.name for layer in model.layers]
     dense = [layer for layer in model.layers[names.index("features"):] if isinstance(layer, keras.layers.Dense)]
+
     class Crop(keras.layers.Cropping2D):
         def call(self, x):
             (top, bottom), (left, right) = self.cropping
@@ -113,7 +115,7 @@ class Engine:
         name = ENGINES[precision] if precision else self.card["engine"]
         if name not in self.card["files"]:
             raise StudyError(f"{folder / 'card.json'} names no hash of the engine {name}: run `make study` again")
-        self._lock, self._turn, self._waiting, file = threading.Lock(), threading.Lock(), deque(), folder / name
+        self._lock, self._waiting, file = threading.RLock(), deque(), folder / name
         self._run = _openvino(file, threads) if file.suffix == ".xml" else _litert(file, threads)
 
     def prepare(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -133,7 +135,7 @@ class Engine:
         for the same, since two at once take less time than one after the other"""
         self._waiting.append((slice_, mine := Future()))
         while not mine.done():
-            with self._turn:
+            with self._lock:
                 if mine.done():
                     break
                 pair = [self._waiting.popleft() for _ in range(min(2, len(self._waiting)))]
@@ -159,16 +161,15 @@ def _openvino(file: Path, threads: int) -> Callable:
     core, how = openvino.Core(), {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
                                   "ENABLE_CPU_PINNING": False}  # other processes use the same cores
 
+    @cache  # a graph for any number of slices takes a sixth longer, and one for more than two no less for each
     def of(count: int) -> Callable:
         graph = core.read_model(file)
         graph.reshape([count, *graph.input().partial_shape[1:]])
         return core.compile_model(graph, "CPU", how)
 
-    one, two = of(1), of(2)  # a graph for any number of slices takes a sixth longer, and one for more than two no less for each
-
     def run(slices: np.ndarray) -> list[np.ndarray]:
         parts = (slices[k:k + 2] for k in range(0, len(slices), 2))
-        return [np.concatenate(out) for out in zip(*(itemgetter(*OUTPUTS)((one, two)[len(part) - 1](part)) for part in parts), strict=True)]
+        return [np.concatenate(out) for out in zip(*(itemgetter(*OUTPUTS)(of(len(part))(part)) for part in parts), strict=True)]
     return run
 
 # %% ../nbs/10_export.ipynb #c011

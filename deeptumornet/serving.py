@@ -520,6 +520,7 @@ def create_app(champion: Path | str | None = None, threads: int = 2) -> Flask:
     try:
         folder = Path(champion or os.environ.get("DEEPTUMORNET_CHAMPION") or project_root() / "models" / "champion")
         engine = open_engine(folder, threads)
+        engine.predict(np.zeros((2, *[engine.card["input"]["size"]] * 2), np.uint8))  # warm for two at once, which only a service has
         address = os.environ.get("DEEPTUMORNET_PREDICTION_LOG")
         log = PredictionLog(address) if address else None
         jobs = Jobs(os.environ["DEEPTUMORNET_JOBS"]) if os.environ.get("DEEPTUMORNET_JOBS") else None

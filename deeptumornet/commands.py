@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
-import select
 import selectors
 import shutil
 import signal
@@ -19,7 +19,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
@@ -27,8 +30,8 @@ from .sharing import recall
 from .study import StudyError, open_study, project_root, read_json, record_weights, run_notebook, sha256
 
 # %% auto #0
-__all__ = ['AUDITED', 'BLANK', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'Keeper',
-           'serve', 'parser', 'main']
+__all__ = ['AUDITED', 'BLANK', 'THREADS', 'SLOWEST', 'run_stage', 'work', 'audit_folder', 'exported', 'predict_files', 'Lane',
+           'Keeper', 'serve', 'parser', 'main']
 
 # %% ../nbs/13_commands.ipynb #c006
 def _end_with_parent(parent: int) -> None:
@@ -123,72 +126,149 @@ def _answer(status: HTTPStatus, detail: str, *headers: str) -> bytes:
     return "\r\n".join(lines).encode()
 
 
-class Keeper:
-    """Accepts the service's clients for its workers, and keeps each connection open beside the worker that has it, so that a killed worker's clients
-    are answered 503, and none is reset; and reads no more of a client after SLOWEST. A thread of the process that starts the workers."""
+class Lane:
+    "The way from the keeper to one worker: both its ends, whether the worker takes clients, and how many it has"
 
     def __init__(self):
-        self.inbox, self._outbox = socket.socketpair()
+        self.inbox, self.outbox = socket.socketpair()
         self.inbox.setblocking(False)
-        self._held: dict[socket.socket, tuple[socket.socket, float]] = {}  # the oldest first
-        self._whole = threading.Lock()
+        self.outbox.setblocking(False)
+        self.ready, self.clients = False, 0
+
+    def take(self) -> tuple[socket.socket, socket.socket, tuple, int] | None:
+        """A client's connection, the socket that stays open until the answer is sent and is sent a byte then, the client's address, and what the
+        keeper calls it; None where nobody waits"""
+        with suppress(OSError):
+            said, found, *_ = socket.recv_fds(self.inbox, 256, 2)
+            sockets = [socket.socket(fileno=one) for one in found]
+            if len(sockets) == 2:  # fewer where this process has no more file descriptors
+                address, name = json.loads(said)
+                return *sockets, tuple(address), name
+        return None
+
+    def close(self) -> None:
+        self.inbox.close()
+        self.outbox.close()
+
+
+@dataclass
+class _Held:
+    client: socket.socket
+    address: tuple
+    end: float
+    token: socket.socket
+    lane: Lane | None = None
+
+
+class Keeper:
+    """Accepts the service's clients, and hands each to the worker that has the fewest. It keeps the connection open beside the worker's, so that a
+    killed worker's clients are answered 503, and none is reset; and reads no more of a client after SLOWEST. A thread of the process that starts
+    the workers."""
+
+    def __init__(self):
+        self._selector, self._whole = selectors.DefaultSelector(), threading.Lock()
+        self._lanes: list[Lane] = []
+        self._held: dict[int, _Held] = {}  # the oldest first
+        self._waiting: deque[tuple[int, socket.socket]] = deque()
         os.register_at_fork(before=self._whole.acquire, after_in_parent=self._whole.release, after_in_child=self._forget)
 
     def _forget(self) -> None:
-        for held, (client, _) in self._held.items():
-            held.close()
-            client.close()
+        self._selector.close()
+        for held in self._held.values():
+            held.client.close()
+            held.token.close()
+        for _, token in self._waiting:
+            token.close()
+        self._lanes[-1].outbox.close()
+        for lane in self._lanes[:-1]:
+            lane.close()
         self._whole.release()
 
-    def take(self) -> tuple[socket.socket, socket.socket, tuple] | None:
-        """In a worker: a client's connection, the socket that stays open until the answer is sent and is sent a byte then, and the client's
-        address; None where nobody waits"""
-        with suppress(BlockingIOError):
-            address, found, *_ = socket.recv_fds(self.inbox, 256, 2)
-            sockets = [socket.socket(fileno=one) for one in found]
-            if len(sockets) == 2:  # fewer where this process has no more file descriptors
-                return *sockets, tuple(json.loads(address))
-        return None
+    def lane(self) -> Lane:
+        "A lane for the worker that is started next. It sends a byte when it takes clients: +, and one when it takes no more: -"
+        with self._whole:
+            self._lanes.append(lane := Lane())
+            self._selector.register(lane.outbox, selectors.EVENT_READ, lane)
+        return lane
+
+    def part(self, lane: Lane) -> None:
+        "The worker has ended: whom it did not take another takes"
+        with self._whole:
+            self._take_back(lane)
+            self._lanes.remove(lane)
+            self._selector.unregister(lane.outbox)
+            lane.close()
 
     def refuse(self) -> None:
         "Answer 503 to all whom no worker took"
-        while taken := self.take():
-            _refuse(taken[0])
+        for name, _ in self._waiting:
+            _refuse(self._held[name].client)
 
     def keep(self, listeners: list) -> None:
         "Accept from `listeners`, and keep whom they bring, for as long as this process lives"
-        selector = selectors.DefaultSelector()
         for listener in listeners:
-            selector.register(listener, selectors.EVENT_READ)
+            self._selector.register(listener, selectors.EVENT_READ, self._accept)
         while True:
-            ready = selector.select(1.0)
+            events = self._selector.select(1.0)
             with self._whole:
-                for key, _ in ready:
-                    if key.fileobj in listeners:
-                        if select.select([], [self._outbox], [], 0.01)[1]:  # else the workers have all that they take
-                            self._accept(key.fileobj, selector)
-                        continue
-                    selector.unregister(key.fileobj)
-                    client, _ = self._held.pop(key.fileobj)
-                    with key.fileobj as token:
-                        if token.recv(1):
-                            client.close()
-                        else:
-                            threading.Thread(target=_refuse, args=(client,), daemon=True).start()
-                for client, end in self._held.values():
-                    if end > time.monotonic():
+                for key, _ in events:
+                    if isinstance(key.data, Lane):
+                        self._hear(key.data)
+                    else:
+                        key.data(key.fileobj)
+                self._hand_on()
+                for held in self._held.values():
+                    if held.end > time.monotonic():
                         break
                     with suppress(OSError):
-                        client.shutdown(socket.SHUT_RD)
+                        held.client.shutdown(socket.SHUT_RD)
 
-    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        if self._waiting or not any(lane.ready for lane in self._lanes):
+            time.sleep(0.01)  # who comes waits for a worker
+            return
         with suppress(OSError):  # it has gone, or the service stops
             client, address = listener.accept()
             mine, theirs = socket.socketpair()
-            with theirs:
-                socket.send_fds(self._outbox, [json.dumps(address).encode()], [client.fileno(), theirs.fileno()])
-            self._held[mine] = client, time.monotonic() + SLOWEST
-            selector.register(mine, selectors.EVENT_READ)
+            self._held[mine.fileno()] = _Held(client, address, time.monotonic() + SLOWEST, mine)
+            self._selector.register(mine, selectors.EVENT_READ, self._end)
+            self._waiting.append((mine.fileno(), theirs))
+
+    def _hand_on(self) -> None:
+        while self._waiting and (ready := [lane for lane in self._lanes if lane.ready]):
+            (name, token), lane = self._waiting[0], min(ready, key=lambda lane: lane.clients)
+            held = self._held[name]
+            try:
+                socket.send_fds(lane.outbox, [json.dumps([held.address, name]).encode()], [held.client.fileno(), token.fileno()])
+            except OSError:  # it is full, for the worker is slow to take them
+                break
+            self._waiting.popleft()
+            token.close()
+            held.lane, lane.clients = lane, lane.clients + 1
+
+    def _hear(self, lane: Lane) -> None:
+        with suppress(OSError):
+            lane.ready = lane.outbox.recv(64)[-1:] == b"+"
+        if not lane.ready:
+            self._take_back(lane)
+
+    def _take_back(self, lane: Lane) -> None:
+        lane.ready = False
+        while taken := lane.take():
+            client, token, _, name = taken
+            client.close()
+            lane.clients -= 1
+            self._waiting.append((name, token))
+
+    def _end(self, token: socket.socket) -> None:
+        held = self._held.pop(token.fileno())
+        self._selector.unregister(token)
+        held.lane.clients -= 1
+        with token:
+            if token.recv(1):
+                held.client.close()
+            else:
+                threading.Thread(target=_refuse, args=(held.client,), daemon=True).start()
 
 
 class _Whole:
@@ -212,6 +292,21 @@ class _Whole:
 
     def flush(self) -> None:
         self._client.sendall(b"".join(self._parts))
+
+
+class _Body(io.RawIOBase):
+    "A request's body, out of gunicorn's `reader` of it"
+
+    def __init__(self, reader):
+        self._reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, place: memoryview) -> int:
+        read = self._reader.read(len(place))
+        place[:len(read)] = read
+        return len(read)
 
 
 def _refuse(client: socket.socket) -> None:
@@ -253,25 +348,32 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
     keeper, served = Keeper(), multiprocessing.Value("b", False)
 
     class Worker(ThreadWorker):
+        def __init__(self, *words):
+            super().__init__(*words)
+            self.lane = keeper.lane()
+
         def init_process(self):
             for listener in self.sockets:
                 listener.close()
-            self.sockets = [keeper.inbox]
+            self.sockets = [self.lane.inbox]
             super().init_process()
 
-        def accept(self, inbox):
-            if taken := keeper.take():
-                client, kept, address = taken
+        def accept(self, _):
+            if taken := self.lane.take():
+                client, kept, address, _ = taken
                 self.nr_conns += 1
                 conn = TConn(self.cfg, client, address, client.getsockname())
                 conn.kept = kept
                 self.enqueue_req(conn)
+            return taken
 
         def set_accept_enabled(self, enabled):
-            accepted = self._accepting
+            before = self._accepting
             super().set_accept_enabled(enabled and self.alive)
-            while accepted and not self.alive and select.select([keeper.inbox], [], [], 0)[0]:  # a stop: whom the keeper accepted is answered
-                self.accept(keeper.inbox)
+            while before and not self.alive and self.accept(self.lane.inbox):  # a stop: whom it was handed is answered
+                pass
+            if self._accepting != before:
+                self.lane.inbox.send(b"+" if self._accepting else b"-")
 
         def handle(self, conn):
             conn.sock = _Whole(conn.sock)
@@ -286,12 +388,25 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
                 conn.close = lambda graceful=False: None  # closing waits for the client: here, and not in the thread that accepts
             return False
 
+        def handle_request(self, req, conn):
+            req.body = io.BufferedReader(_Body(req.body.reader), 2**16)  # gunicorn's own reads a kilobyte at a time
+            return super().handle_request(req, conn)
+
         def handle_error(self, req, client, addr, exc):
             super().handle_error(req, client, addr, exc)
             client.explain()
 
     def start(arbiter) -> None:
-        threading.Thread(target=keeper.keep, args=(arbiter.LISTENERS,), daemon=True).start()
+        def keep() -> None:
+            try:
+                keeper.keep(arbiter.LISTENERS)
+            except Exception:  # nobody else accepts
+                traceback.print_exc()
+                os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=keep, daemon=True).start()
+
+    def part(_, worker: Worker) -> None:
+        keeper.part(worker.lane)
 
     def end(_) -> None:
         keeper.refuse()
@@ -301,7 +416,7 @@ def serve(host: str, port: int, workers: int, champion: Path | None = None, jobs
         def load_config(self) -> None:
             options = {"bind": f"{host}:{port}", "workers": workers, "worker_class": Worker, "threads": THREADS, "worker_connections": 2 * THREADS,
                        "graceful_timeout": 60, "timeout": 60, "keepalive": 0, "backlog": 512, "sendfile": False, "control_socket_disable": True,
-                       "when_ready": start, "on_exit": end}
+                       "when_ready": start, "child_exit": part, "on_exit": end}
             for name, value in options.items():
                 self.cfg.set(name, value)
 

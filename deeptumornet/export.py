@@ -8,11 +8,9 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -115,44 +113,35 @@ class Engine:
         name = ENGINES[precision] if precision else self.card["engine"]
         if name not in self.card["files"]:
             raise StudyError(f"{folder / 'card.json'} names no hash of the engine {name}: run `make study` again")
-        self._lock, self._waiting, file = threading.RLock(), deque(), folder / name
-        self._run = _openvino(file, threads) if file.suffix == ".xml" else _litert(file, threads)
+        self._lock, file = threading.Lock(), folder / name
+        self._begin = _openvino(file, threads) if file.suffix == ".xml" else _litert(file, threads)
 
     def prepare(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         """The prepared slice (uint8, size × size) of a read slice (uint8, height × width), as in training, and the (top, left, side) of
         its square in the slice. Raises StudyError where no lungs are found."""
         return see(pixels, self.card["input"]["size"], self.card["input"]["normalise"])
 
-    def predict(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predict(self, slices: np.ndarray, beside: Callable[[], None] = lambda: None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Calibrated probabilities (n × classes), heat maps (n × rows × columns, 0..1) and features (n × 4, along the principal axes of the
-        validation slices' last layer) of prepared `slices` (n × size × size)"""
+        validation slices' last layer) of prepared `slices` (n × size × size). `beside` is called while the engine works."""
         with self._lock:
-            raw, heat, features = (out.copy() for out in self._run(np.asarray(slices, np.float32)[..., None]))
+            end = self._begin(np.asarray(slices, np.float32)[..., None])
+            try:
+                beside()
+            finally:
+                raw, heat, features = end()
         return calibrate(raw, self.card["temperature"]), heat, features
-
-    def predict_one(self, slice_: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`predict` of one prepared slice (size × size), each without its first axis; together with the slice of another thread that waits
-        for the same, since two at once take less time than one after the other"""
-        self._waiting.append((slice_, mine := Future()))
-        while not mine.done():
-            with self._lock:
-                if mine.done():
-                    break
-                pair = [self._waiting.popleft() for _ in range(min(2, len(self._waiting)))]
-                try:
-                    for (_, future), said in zip(pair, zip(*self.predict(np.stack([one for one, _ in pair])), strict=True), strict=True):
-                        future.set_result(said)
-                except Exception as error:
-                    for _, future in pair:
-                        future.set_exception(error)
-        return mine.result()
 
 
 def _litert(file: Path, threads: int) -> Callable:
     from ai_edge_litert.interpreter import Interpreter
 
-    run = Interpreter(model_path=str(file), num_threads=threads).get_signature_runner("serving_default")
-    return lambda slices: itemgetter(*OUTPUTS)(run(slices=slices))
+    run, pool = Interpreter(model_path=str(file), num_threads=threads).get_signature_runner("serving_default"), ThreadPoolExecutor(1)
+
+    def begin(slices: np.ndarray) -> Callable:
+        task = pool.submit(run, slices=slices)
+        return lambda: [task.result()[name].copy() for name in OUTPUTS]
+    return begin
 
 
 def _openvino(file: Path, threads: int) -> Callable:
@@ -162,15 +151,28 @@ def _openvino(file: Path, threads: int) -> Callable:
                                   "ENABLE_CPU_PINNING": False}  # other processes use the same cores
 
     @cache  # a graph for any number of slices takes a sixth longer, and one for more than two no less for each
-    def of(count: int) -> Callable:
+    def of(count: int) -> openvino.InferRequest:
         graph = core.read_model(file)
         graph.reshape([count, *graph.input().partial_shape[1:]])
-        return core.compile_model(graph, "CPU", how)
+        return core.compile_model(graph, "CPU", how).create_infer_request()
 
-    def run(slices: np.ndarray) -> list[np.ndarray]:
-        parts = (slices[k:k + 2] for k in range(0, len(slices), 2))
-        return [np.concatenate(out) for out in zip(*(itemgetter(*OUTPUTS)(of(len(part))(part)) for part in parts), strict=True)]
-    return run
+    def started(slices: np.ndarray) -> openvino.InferRequest:
+        (request := of(len(slices))).start_async(slices)
+        return request
+
+    def begin(slices: np.ndarray) -> Callable:
+        first, *rest = (slices[k:k + 2] for k in range(0, len(slices), 2))
+        running = started(first)
+
+        def end() -> list[np.ndarray]:
+            running.wait()
+            said = [[running.results[name].copy() for name in OUTPUTS]]
+            for part in rest:
+                (request := started(part)).wait()
+                said.append([request.results[name].copy() for name in OUTPUTS])
+            return [np.concatenate(out) for out in zip(*said, strict=True)]
+        return end
+    return begin
 
 # %% ../nbs/10_export.ipynb #c011
 def timed(runs: Mapping[str, Callable], slices: np.ndarray, rounds: int = 15) -> dict[str, dict[str, float]]:

@@ -19,12 +19,13 @@ import traceback
 import uuid
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
-from queue import LifoQueue
 
 import click
 import numpy as np
@@ -60,9 +61,9 @@ from .study import StudyError, project_root
 # %% auto #0
 __all__ = ['UPLOAD', 'LARGEST_BODY', 'LARGEST_BATCH', 'MOST_ITEMS', 'MOST_IN_JOB', 'LARGEST_UNPACKED', 'LARGEST_SHOWN', 'PUBLIC',
            'MARKS', 'HEADERS', 'TENSORS', 'MOST_AT_ONCE', 'MANY', 'SMALL_BODY', 'MOST_LARGE', 'kind', 'read_upload',
-           'unpacked', 'overlay', 'data_url', 'answer', 'heat_shown', 'cautions', 'seen', 'open_engine', 'body',
-           'received', 'uploaded', 'wished', 'checked', 'told', 'document', 'problem', 'items', 'answered', 'work_off',
-           'series_answer', 'tensor', 'Gate', 'create_app']
+           'unpacked', 'overlay', 'data_url', 'Reader', 'answer', 'heat_shown', 'cautions', 'seen', 'open_engine',
+           'body', 'received', 'uploaded', 'wished', 'checked', 'told', 'document', 'problem', 'items', 'answered',
+           'work_off', 'series_answer', 'tensor', 'Gate', 'create_app']
 
 # %% ../nbs/11_serving.ipynb #c007
 UPLOAD = "the uploaded file"
@@ -168,35 +169,54 @@ def data_url(picture: Image.Image) -> str:
 PUBLIC = ("name", "version", "precision", "engine_why", "engines", "network", "title", "classes", "positive", "profile", "sources", "weights", "method", "input",
           "threshold", "temperature", "metrics", "baseline", "data_sha256", "code_revision", "intended_use")
 "What of the model card the service tells"
-_IDLE = LifoQueue()  # who worked last works next, while its caches are warm
-for _ in range(4):  # two slices are read while two are in the engine; more would share the same cores, and each would end later
-    _IDLE.put((ThreadPoolExecutor(1), ThreadPoolExecutor(1)))
+class Reader(Engine):
+    """An engine that reads what it is asked about, in `threads` threads of its own, for each thread that ever decodes a slice keeps memory for the
+    next; two slices together where two wait, which take the engine less time"""
+
+    def __init__(self, folder: Path | str, threads: int = 2):
+        super().__init__(folder, threads)
+        self._asked, self._pool = deque(), ThreadPoolExecutor(threads)
+
+    def look(self, data: bytes | np.ndarray, logged: bool) -> tuple:
+        """Of the file `data`, or a decoded slice (uint8, height × width): the slice, what the network sees of it and where, what the engine says,
+        the statistics, the cautions, and the hash of its pixels if it is `logged`. Raises what `read_upload` and `prepare` raise."""
+        self._asked.append((data, logged, mine := Future()))
+        self._pool.submit(self._work)
+        return mine.result()
+
+    def _work(self) -> None:
+        read, notes = [], []
+        with suppress(IndexError):  # there are fewer than two
+            for _ in range(2):
+                data, logged, mine = self._asked.popleft()
+                try:
+                    found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
+                    read.append((mine, logged, found, *self.prepare(found.pixels)))
+                except Exception as error:
+                    mine.set_exception(error)
+
+        def beside() -> None:
+            for _, logged, found, prepared, _ in read:
+                statistics = image_statistics(prepared)
+                notes.append((statistics, cautions(self.card, found, statistics), found.image_id if logged else ""))
+        if not read:
+            return
+        try:
+            said = zip(*self.predict(np.stack([prepared for *_, prepared, _ in read]), beside), strict=True)
+            for (mine, _, found, prepared, place), one, note in zip(read, said, notes, strict=True):
+                mine.set_result((found, prepared, place, one, *note))
+        except Exception as error:
+            for mine, *_ in read:
+                mine.set_exception(error)
 
 
-def _look(engine: Engine, data: bytes | np.ndarray, logged: bool, helper: ThreadPoolExecutor) -> tuple:
-    # in threads of their own, for each thread that ever decodes a slice keeps memory for the next
-    found = as_slice(data, UPLOAD) if isinstance(data, np.ndarray) else read_upload(data)
-    prepared, place = engine.prepare(found.pixels)
-
-    def beside() -> tuple:
-        statistics = image_statistics(prepared)
-        return statistics, cautions(engine.card, found, statistics), found.image_id if logged else ""
-    doubts = helper.submit(beside)
-    return found, prepared, place, engine.predict_one(prepared), *doubts.result()
-
-
-def answer(engine: Engine, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
+def answer(engine: Reader, data: bytes | np.ndarray, heat_map: bool = False, log: PredictionLog | None = None) -> dict:
     """What the service says about the file `data`, or a decoded slice (uint8, height × width), JSON-ready: class, decision, probabilities, threshold, model and
     warnings, and with `heat_map` the picture and the heat map over it as data URLs. With a `log` it is recorded there, and `id` names the record.
 
     Raises StudyError for what is no readable slice, and where no lungs are found."""
     card = engine.card
-    reader, helper = _IDLE.get()
-    try:
-        looked = reader.submit(_look, engine, data, log is not None, helper).result()
-    finally:
-        _IDLE.put((reader, helper))
-    found, prepared, place, (probabilities, heat, features), statistics, warned, image_id = looked
+    found, prepared, place, (probabilities, heat, features), statistics, warned, image_id = engine.look(data, log is not None)
     p = {label: float(v) for label, v in zip(card["classes"], probabilities, strict=True)}
     positive, threshold = p[card["positive"]], card["threshold"]["value"]
     content = {
@@ -267,9 +287,9 @@ def seen(reference: np.ndarray) -> dict[str, tuple[float, float]]:
     return {name: (min(v) - 0.1 * np.ptp(v), max(v) + 0.1 * np.ptp(v)) for name, v in values.items()}
 
 # %% ../nbs/11_serving.ipynb #c020
-def open_engine(folder: Path, threads: int = 2) -> Engine:
+def open_engine(folder: Path, threads: int = 2) -> Reader:
     "The exported model in `folder`, warm, and with the ranges of `seen` in its card. StudyError where there is none, or a changed one."
-    engine = Engine(folder, threads)
+    engine = Reader(folder, threads)
     size = engine.card["input"]["size"]
     engine.predict(np.zeros((1, size, size), np.uint8))
     engine.card["seen"] = seen(np.load(folder / "reference.npz", allow_pickle=False)["slices"])
@@ -378,7 +398,7 @@ def items(files: list[bytes], most: int = MOST_ITEMS) -> list[bytes | StudyError
     return found
 
 
-def answered(engine: Engine, place: int, item: bytes | Exception, log: PredictionLog | None) -> dict:
+def answered(engine: Reader, place: int, item: bytes | Exception, log: PredictionLog | None) -> dict:
     "What a batch says about one `item`: its `place`, a status, and the `prediction` or the `problem`"
     try:
         return {"item": place, "status": 200, "prediction": answer(engine, checked(item), False, log)}
@@ -390,7 +410,7 @@ def answered(engine: Engine, place: int, item: bytes | Exception, log: Predictio
 _FATAL = InternalServerError(f"the process that read it ended, {ATTEMPTS} times: it is not tried again")
 
 
-def work_off(engine: Engine, jobs: Jobs, config: Mapping) -> None:
+def work_off(engine: Reader, jobs: Jobs, config: Mapping) -> None:
     "Answer what waits in `jobs`, one slice after the other, for ever"
     while True:
         try:
@@ -407,7 +427,7 @@ def work_off(engine: Engine, jobs: Jobs, config: Mapping) -> None:
         time.sleep(0.5)
 
 
-def series_answer(engine: Engine, found: list[bytes | StudyError], log: PredictionLog | None) -> dict:
+def series_answer(engine: Reader, found: list[bytes | StudyError], log: PredictionLog | None) -> dict:
     """What the service says about the DICOM slices of one series: `slices` as `answered`, with `position_mm` and from bottom to top, and
     `series`. Raises StudyError where they are of several series, or where no slice can be read."""
     headers = [describe(item, UPLOAD) if isinstance(item, bytes) and is_dicom(item[:132]) else None for item in found]

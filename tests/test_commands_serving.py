@@ -151,11 +151,11 @@ def answered(address: str, data: bytes) -> float:
     raise AssertionError("never answered")
 
 
-def test_a_worker_that_dies_over_a_sentrefuses_it(champion, slice_png):
+def test_a_worker_that_dies_over_a_request_refuses_it(champion, slice_png):
     words = ["serve", "--workers", "1", "--port", "PORT", "--champion", str(champion)]
     code = ("import time\nfrom deeptumornet import commands, export\n"
             "run = export.Engine.predict\n"
-            "export.Engine.predict = lambda self, slices: slices.any() and time.sleep(3) or run(self, slices)\n"
+            "export.Engine.predict = lambda self, slices, *beside: slices.any() and time.sleep(3) or run(self, slices, *beside)\n"
             f"commands.main({words})")
     with running([sys.executable, "-c", code]) as (process, address), ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(requests.post, f"{address}/api/v1/predict", data=slice_png, timeout=60) for _ in range(8)]

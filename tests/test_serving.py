@@ -121,6 +121,18 @@ def test_every_way_to_send_the_same_slice(client, slice_png, dicom):
     assert "colour" in client.post(PREDICT, data=bodies[2]).json["warnings"][-1]
 
 
+def test_of_many_at_once_each_is_told_its_own(app, phantoms, slice_png):
+    bodies = [*(encoded(window(hu)) for hu in phantoms), slice_png[:3000], encoded(np.zeros((40, 400), np.uint8))] * 4
+    def told(body):
+        said = app.test_client().post(PREDICT, data=body).json
+        return said.get("detail") or said["warnings"], said.get("probability", 0.0)
+    with ThreadPoolExecutor(12) as pool:
+        notes, probabilities = zip(*pool.map(told, bodies), strict=True)
+    expected, alone = zip(*map(told, bodies), strict=True)
+    assert notes == expected and len(set(probabilities[:6])) == 5
+    np.testing.assert_allclose(probabilities, alone, atol=1e-5)
+
+
 def test_jpeg_is_read_with_a_warning(client, phantoms):
     said = client.post(PREDICT, data=encoded(window(phantoms[0]), "JPEG"))
     assert said.status_code == 200 and any("JPEG" in w for w in said.json["warnings"])

@@ -188,7 +188,7 @@ class Keeper:
         "A lane for the worker that is started next. It sends a byte when it takes clients: +, and one when it takes no more: -"
         with self._whole:
             self._lanes.append(lane := Lane())
-            self._selector.register(lane.outbox, selectors.EVENT_READ, lane)
+            self._selector.register(lane.outbox, selectors.EVENT_READ, lambda _: self._hear(lane))
         return lane
 
     def part(self, lane: Lane) -> None:
@@ -212,10 +212,7 @@ class Keeper:
             events = self._selector.select(1.0)
             with self._whole:
                 for key, _ in events:
-                    if isinstance(key.data, Lane):
-                        self._hear(key.data)
-                    else:
-                        key.data(key.fileobj)
+                    key.data(key.fileobj)
                 self._hand_on()
                 for held in self._held.values():
                     if held.end > time.monotonic():

@@ -238,7 +238,8 @@ def test_a_card_names_the_weights_file_and_no_path(tiny, tmp_path):
 
 def test_four_classes(tmp_path):
     classes = ["normal", "adenocarcinoma", "large cell", "squamous"]
-    model, _, predictions = train(made_study(tmp_path / "four", classes, 32), "resnet50")
+    study = made_study(tmp_path / "four", classes, 32)
+    model, _, predictions = train(replace(study, settings=study.settings | {"networks": {"tiny": "tiny"}}), "tiny")
     p = predictions[[f"p_{name}" for name in classes]].to_numpy()
     assert model.output_shape[-1] == 4 and set(predictions["label"]) == set(classes)
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)

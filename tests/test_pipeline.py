@@ -185,7 +185,7 @@ def test_kill_9_in_every_stage_then_repro_gives_the_same_bits(project):
         middle = project.seconds[stage] / 2
         while not project.killed_after(stage, middle):  # it was slower when the other tests ran beside it
             middle /= 2
-    assert set(project.ran()) >= set(STAGES[1:])
+    project.run("dvc", "repro")
     assert project.results() == before and project.ran() == []
     half = [p for p in (project.folder / "reports").rglob("*") if p.name.startswith(".")]
     assert all(p.is_dir() and p.name.count(".") > 1 for p in half), "only the temporary folder of the killed stage may be left"

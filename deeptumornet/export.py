@@ -160,18 +160,14 @@ def _openvino(file: Path, threads: int) -> Callable:
         (request := of(len(slices))).start_async(slices)
         return request
 
+    def said(request: openvino.InferRequest) -> list[np.ndarray]:
+        request.wait()
+        return [request.results[name].copy() for name in OUTPUTS]
+
     def begin(slices: np.ndarray) -> Callable:
         first, *rest = (slices[k:k + 2] for k in range(0, len(slices), 2))
         running = started(first)
-
-        def end() -> list[np.ndarray]:
-            running.wait()
-            said = [[running.results[name].copy() for name in OUTPUTS]]
-            for part in rest:
-                (request := started(part)).wait()
-                said.append([request.results[name].copy() for name in OUTPUTS])
-            return [np.concatenate(out) for out in zip(*said, strict=True)]
-        return end
+        return lambda: [np.concatenate(out) for out in zip(said(running), *(said(started(part)) for part in rest), strict=True)]
     return begin
 
 # %% ../nbs/10_export.ipynb #c011
